@@ -1,0 +1,59 @@
+"""What the public functions ask of their input, and the one error they raise for it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array: TypeAlias = "NDArray[Any] | Tensor"
+
+
+class InputError(ValueError):
+    """Bad input. The one-line message names the argument, what was expected and what came."""
+
+
+def shape_text(shape: tuple[int | str, ...]) -> str:
+    """A shape as a message shows it: (10, 512), (N,)."""
+    return f"({shape[0]},)" if len(shape) == 1 else f"({', '.join(map(str, shape))})"
+
+
+def check_array(name: str, value: object, shape: tuple[int | str, ...]) -> None:
+    """Refuse what is no array or has another shape; a letter in `shape` stands for any length."""
+    if not isinstance(value, np.ndarray | Tensor):
+        raise InputError(f"{name}: expected a NumPy array or torch tensor, got {type(value).__name__}")
+    actual = tuple(value.shape)
+    fits = len(actual) == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, actual, strict=True)
+    )
+    if not fits:
+        raise InputError(f"{name}: expected shape {shape_text(shape)}, got {shape_text(actual) if actual else '()'}")
+
+
+def check_floating(name: str, value: Array) -> None:
+    """Refuse integers, booleans, complex numbers and objects."""
+    floating = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
+    if not floating:
+        raise InputError(f"{name}: expected floating-point numbers, got {value.dtype}; convert with a scale you chose")
+
+
+def check_labels(name: str, value: Array, num_classes: int | None = None) -> None:
+    """Refuse what is no (N,) array of integers in [0, num_classes)."""
+    check_array(name, value, ("N",))
+    if isinstance(value, Tensor):
+        integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    else:
+        integral = value.dtype.kind in "iu"
+    if not integral:
+        raise InputError(f"{name}: expected integer class indices, got {value.dtype}")
+    if num_classes is None or value.shape[0] == 0:
+        return
+    outside = (value < 0) | (value >= num_classes)
+    if bool(outside.any()):
+        rows = [int(row) for row in outside.nonzero()[0][:5]] if isinstance(value, np.ndarray) else None
+        rows = rows if rows is not None else [int(row) for row in outside.nonzero()[:5, 0]]
+        shown = ", ".join(f"{int(value[row])} in row {row}" for row in rows)
+        raise InputError(f"{name}: expected classes 0 to {num_classes - 1}, got {shown}")

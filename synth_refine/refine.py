@@ -1,0 +1,196 @@
+"""The relabelling rule of "Noisy Label Refinement with Semantically Reliable Synthetic Images".
+
+Li, Mao, Matsui, ICIP 2025, https://arxiv.org/abs/2509.04298. Letters in shapes: N images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from synth_refine._check import Array, InputError, check_array, check_floating, check_labels
+
+ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)
+
+CHUNK_ELEMENTS = 1 << 20
+"""Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refiner decided, kept apart from its application.
+
+    Attributes:
+        labels: The best class of each image, (N,) int64; -1 where the image could not be scored.
+        confidence: Its score, (N,); NaN where the image could not be scored.
+        accepted: Whether the score reaches the threshold, (N,) bool.
+        ties: Image and class of every score that equals the best one, (K, 2); only images with several best classes.
+    """
+
+    labels: Array
+    confidence: Array
+    accepted: Array
+    ties: Array = field(repr=False)
+
+    @property
+    def skipped(self) -> int:
+        """Number of images that could not be scored: a non-finite feature or logit, or a feature of length zero."""
+        return int((self.labels < 0).sum())
+
+    def apply(self, given: ArrayT) -> ArrayT:
+        """The refined labels: the best class where accepted, the given label elsewhere. `given` is left as it is.
+
+        Args:
+            given: Given labels, (N,) integers, of the same kind (NumPy or torch) as the inputs of the refinement.
+
+        Raises:
+            InputError: `given` has another length or kind.
+
+        Example:
+            >>> rule = Refinement(*map(np.array, ([1, 0], [0.9, 0.2], [True, False])), ties=np.empty((0, 2), np.int64))
+            >>> rule.apply(np.array([0, 2]))
+            array([1, 2])
+        """
+        check_labels("given", given)
+        check_array("given", given, tuple(self.labels.shape))
+        if type(given) is not type(self.labels):
+            kinds = [type(value).__name__ for value in (self.labels, given)]
+            raise InputError(f"given: expected {kinds[0]} like the refinement, got {kinds[1]}")
+        keep = ~self.accepted
+        rows, classes = self.ties[:, 0], self.ties[:, 1]
+        keep[rows[given[rows] == classes]] = True  # the given label is one of the best: nothing to correct
+        if isinstance(given, Tensor):
+            return torch.where(keep, given, cast(Tensor, self.labels).to(given.dtype))
+        return np.where(keep, given, cast("NDArray[np.int64]", self.labels).astype(given.dtype))
+
+
+def refine_labels(
+    features: ArrayT,
+    logits: ArrayT,
+    prototypes: ArrayT,
+    threshold: float | Sequence[float] | Array,
+    *,
+    weight: float = 0.5,
+    strict: bool = False,
+) -> Refinement:
+    """Score every image against every class and accept the winners that reach the threshold.
+
+    The score is ``weight * cosine(feature, prototype) + (1 - weight) * softmax(logits)``, and a score equal to the
+    threshold counts. Among equal scores the given label wins, then the lower class. Scores are computed in chunks, in
+    float32 or better, so memory-mapped inputs of any length need little memory.
+
+    Args:
+        features: Features of the real images, (N, D), float16 to float64.
+        logits: Classifier outputs for the same images in the same order, (N, C).
+        prototypes: Mean feature of each class's synthetic images, (C, D); see `class_prototypes`.
+        threshold: Smallest score at which a label is replaced, in [-0.5, 1] for the default weight; one number, or
+            one per class, (C,). The paper's code uses 0.6.
+        weight: Weight of the cosine, in [0, 1]; the softmax has the rest. The paper's is 0.5.
+        strict: Raise for an image that cannot be scored (non-finite, or a feature of length zero); by default it
+            keeps its label and is counted in `Refinement.skipped`.
+
+    Returns:
+        The decision, NumPy for NumPy inputs and torch, on the device of `features`, for torch inputs.
+
+    Raises:
+        InputError: An argument has the wrong kind, type, shape or range, a prototype is zero or not finite, or, with
+            `strict`, an image cannot be scored.
+
+    Example:
+        >>> decision = refine_labels(torch.eye(2), 4 * torch.eye(2), torch.eye(2), 0.6)
+        >>> decision.apply(torch.tensor([1, 1])).tolist()
+        [0, 1]
+    """
+    check_array("features", features, ("N", "D"))
+    check_array("logits", logits, (features.shape[0], "C"))
+    check_array("prototypes", prototypes, (logits.shape[1], features.shape[1]))
+    for name, value in (("features", features), ("logits", logits), ("prototypes", prototypes)):
+        check_floating(name, value)
+        if isinstance(value, Tensor) != isinstance(features, Tensor):
+            raise InputError(f"{name}: expected {type(features).__name__} like features, got {type(value).__name__}")
+    num_images, num_classes = logits.shape
+    if num_classes == 0 or features.shape[1] == 0:
+        raise InputError(f"prototypes: expected at least one class and one feature, got {tuple(prototypes.shape)}")
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
+
+    device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+    double = any(str(value.dtype).endswith("float64") for value in (features, logits, prototypes))
+    dtype = torch.float64 if double else torch.float32
+    limits = _thresholds(threshold, num_classes).to(device, dtype)
+    directions = _directions(prototypes, dtype, device).T * weight  # (D, C)
+
+    labels = torch.empty(num_images, dtype=torch.int64, device=device)
+    confidence = torch.empty(num_images, dtype=dtype, device=device)
+    ties: list[Tensor] = []
+    step = max(64, CHUNK_ELEMENTS // num_classes)
+    with torch.no_grad():
+        for start in range(0, num_images, step):
+            rows = slice(start, start + step)
+            chunk = _tensor(features[rows], dtype, device)
+            scores = _tensor(logits[rows], dtype, device).softmax(dim=1)
+            lengths = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
+            scores = torch.addmm(scores, chunk / lengths, directions, beta=1 - weight)  # (n, C)
+            best, winner = scores.max(dim=1)
+            # A non-finite input, and a length of zero, has made the whole row NaN.
+            labels[rows] = torch.where(best.isnan(), -1, winner)
+            confidence[rows] = best
+            equal = scores == best[:, None]
+            several = equal.sum(dim=1) > 1
+            if several.any():
+                where = (equal & several[:, None]).nonzero()
+                winner_first = where[:, 0].unique(return_inverse=False)
+                labels[start + winner_first] = equal[winner_first].int().argmax(dim=1)
+                ties.append(where + torch.tensor([start, 0], device=device))
+    if strict and bool((labels < 0).any()):
+        first = int((labels < 0).nonzero()[0, 0])
+        raise InputError(
+            f"features: expected finite features and logits and no feature of length zero, "
+            f"got {int((labels < 0).sum())} such rows, the first is row {first}"
+        )
+    accepted = (labels >= 0) & (confidence >= limits[labels.clamp(min=0)])
+    tied = torch.cat(ties) if ties else torch.empty((0, 2), dtype=torch.int64, device=device)
+    parts = (labels, confidence, accepted, tied)
+    return Refinement(*(parts if isinstance(features, Tensor) else (part.numpy() for part in parts)))
+
+
+def _tensor(value: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One chunk as a tensor; a read-only or memory-mapped array is copied."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype)
+    return torch.from_numpy(np.array(value, dtype="f8" if dtype == torch.float64 else "f4")).to(device)
+
+
+def _directions(prototypes: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Prototypes scaled to length one, (C, D)."""
+    values = _tensor(prototypes, dtype, device)
+    for bad, what in ((~values.isfinite().all(dim=1), "a non-finite one"), ((values == 0).all(dim=1), "only zeros")):
+        if bool(bad.any()):
+            raise InputError(f"prototypes: expected a finite, non-zero row per class, got {what} for {_classes(bad)}")
+    return F.normalize(values, dim=1)
+
+
+def _classes(mask: Tensor) -> str:
+    indices = [int(index) for index in mask.nonzero()[:, 0]]
+    return ("class " if len(indices) == 1 else "classes ") + ", ".join(map(str, indices[:5]))
+
+
+def _thresholds(threshold: float | Sequence[float] | Array, num_classes: int) -> Tensor:
+    """One threshold per class, (C,)."""
+    try:
+        values = torch.as_tensor(threshold, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"threshold: expected a number or one per class, got {threshold!r}") from error
+    if values.ndim == 0:
+        values = values.expand(num_classes)
+    check_array("threshold", values, (num_classes,))
+    if bool(values.isnan().any()):
+        raise InputError("threshold: expected numbers, got NaN")
+    return values
