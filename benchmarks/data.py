@@ -156,10 +156,9 @@ def digits(noise_name: str) -> Benchmark:
         return labels
 
     given = noisy_labels(noise_name, truth, 10, pmd_labels)
-    glyphs, glyph_labels = render_glyphs("0123456789", SYNTHETIC_PER_CLASS, size=32, detail=8)
     measured = torch.from_numpy(test)
     test_split = Split(images[measured], torch.from_numpy(truth)[measured])
-    task = _task(10, images, given, truth, train, validation, Split(glyphs, glyph_labels), test_split)
+    task = _task(10, images, given, truth, train, validation, Split(*_digit_glyphs()), test_split)
     return Benchmark(task, torch.from_numpy(truth[train]), "digits", noise_name, tuple("0123456789"))
 
 
@@ -184,6 +183,11 @@ def _digit_images() -> tuple[Tensor, Labels, Labels, Labels, Labels]:
         np.sort(validation),
         np.sort(test),
     )
+
+
+@lru_cache(maxsize=1)
+def _digit_glyphs() -> tuple[Tensor, Tensor]:
+    return render_glyphs("0123456789", SYNTHETIC_PER_CLASS, size=32, detail=8)
 
 
 @lru_cache(maxsize=1)
