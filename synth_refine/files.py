@@ -1,0 +1,306 @@
+"""Files of users, read without trust, and files for users, written whole or not at all.
+
+No file can run code here: a .npy file is parsed by its header alone, and the pickle inside CIFAR-N's .pt files is read
+by an unpickler that knows four names, each replaced by a stand-in of ours.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import math
+import os
+import pickle
+import stat
+import struct
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synth_refine._check import InputError
+
+MAX_HEADER_BYTES = 10_000
+"""NumPy's own limit for the header of a .npy file."""
+
+MAX_PICKLE_BYTES = 1 << 26
+"""CIFAR-N's largest file has 3.6 MB."""
+
+NPY_MAGIC = b"\x93NUMPY"
+_KINDS = {
+    NPY_MAGIC: "a NumPy array",
+    b"PK\x03\x04": "a zip archive (.npz and .pt files are such)",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x1f\x8b": "gzip-compressed; unpack it first",
+    b"BZh": "bzip2-compressed; unpack it first",
+    b"\xfd7zXZ\x00": "xz-compressed; unpack it first",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"PAR1": "a Parquet file",
+    b"\x89HDF": "an HDF5 file",
+    b"MATLAB": "a MATLAB file",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF document",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer, not the file itself; fetch it with `git annex get`",
+    b"<!doctype": "an HTML page, probably the error page of a download",
+    b"<html": "an HTML page, probably the error page of a download",
+    b"<?xml": "an XML document, probably the error page of a download",
+}
+
+
+def what_is(head: bytes) -> str | None:
+    """What a file is by its first bytes, None when they are none of the known kinds.
+
+    Example:
+        >>> what_is(b"<!DOCTYPE html><title>404</title>")
+        'an HTML page, probably the error page of a download'
+    """
+    if not head:
+        return "empty (0 bytes)"
+    if not head.strip(b"\0"):
+        return "all zero bytes, as an interrupted download leaves behind"
+    if head[0] == 0x80 and len(head) > 1 and 2 <= head[1] <= 5:
+        return "a Python pickle, which could run code and is never loaded"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for magic, kind in _KINDS.items():
+        if head.startswith(magic) or (magic[:1] in b"<v/" and text.startswith(magic)):
+            return kind
+    return None
+
+
+def open_plain(name: str, path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; a folder, a pipe or a device is refused before it can block.
+
+    Raises:
+        InputError: There is no such file, or it is not a regular one.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise InputError(f"{name}: expected a file, got {'a folder' if stat.S_ISDIR(mode) else 'a device'}: {path}")
+        return open(path, "rb")
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{name}: {error}: {path!r}") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read, {error.strerror or error}: {path}") from error
+
+
+def read_npy(name: str, path: str | os.PathLike[str], kinds: str = "iuf") -> NDArray[Any]:
+    """Map a .npy file of plain numbers into memory, read-only, after checking every byte count.
+
+    Args:
+        name: The argument the file was given for; it begins every message.
+        path: The file.
+        kinds: NumPy's letters of the kinds of number to accept: b, i, u, f.
+
+    Returns:
+        The array, a read-only memory map; features larger than the memory will do.
+
+    Raises:
+        InputError: Not a .npy file (the message says what it is), truncated or too long, or an array of Python
+            objects, records, text or another unwanted type.
+    """
+    with open_plain(name, path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(12)
+        if not head.startswith(NPY_MAGIC):
+            raise InputError(f"{name}: expected a .npy file, but {path} is {_kind(head + file.read(500))}")
+        if len(head) < 12 or head[6] not in (1, 2, 3):
+            raise InputError(f"{name}: {path} is a truncated or damaged .npy file")
+        start, length = (10, *struct.unpack("<H", head[8:10])) if head[6] == 1 else (12, *struct.unpack("<I", head[8:]))
+        if length > min(MAX_HEADER_BYTES, size - start):
+            raise InputError(f"{name}: {path} is a truncated or damaged .npy file: its header claims {length} bytes")
+        file.seek(start)
+        dtype, shape, fortran = _npy_header(name, path, file.read(length))
+    if dtype.hasobject:
+        raise InputError(
+            f"{name}: {path} holds Python objects, which only unpickling could read; it is never loaded "
+            "(CIFAR-N's ordered .npy files are of this kind and are in another order: use the .pt files)"
+        )
+    if dtype.kind not in kinds:
+        raise InputError(f"{name}: expected numbers, but {path} holds {dtype}")
+    wanted, found = math.prod(shape) * dtype.itemsize, size - start - length
+    if found != wanted:
+        what = "truncated" if found < wanted else "too long"
+        raise InputError(f"{name}: {path} is {what}: its header promises {wanted} bytes of data, {found} follow")
+    if not wanted:
+        return np.empty(shape, dtype)
+    order: Any = "F" if fortran else "C"
+    return np.memmap(path, dtype=dtype, mode="r", offset=start + length, shape=shape, order=order)
+
+
+def _npy_header(name: str, path: str | os.PathLike[str], header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    try:
+        fields = ast.literal_eval(header.decode("utf-8" if header.isascii() else "latin1").strip())
+        if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
+            raise ValueError("the fields are not descr, fortran_order and shape")
+        shape, fortran = fields["shape"], fields["fortran_order"]
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"the shape is {shape!r}")
+        if not isinstance(fortran, bool):
+            raise ValueError(f"fortran_order is {fortran!r}")
+        if not isinstance(fields["descr"], str):
+            raise ValueError("the elements are records")
+        return np.dtype(fields["descr"]), shape, fortran
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{name}: {path} is a .npy file with a damaged header: {text[:100]}") from error
+
+
+def _kind(head: bytes) -> str:
+    return what_is(head) or "something else"
+
+
+class _Array:
+    """Stands in for a pickled NumPy array: collects what the pickle says, and checks it before building one."""
+
+    def __setstate__(self, state: object) -> None:
+        match state:
+            case (int(), (int() as length,), _Dtype() as kind, bool(), bytes() as data):
+                dtype = np.dtype(kind.code).newbyteorder(cast(Any, kind.byteorder))
+                if dtype.kind not in "iu" or length * dtype.itemsize != len(data):
+                    raise pickle.UnpicklingError(f"an array of {length} {dtype} in {len(data)} bytes")
+                self.values = np.frombuffer(data, dtype).astype(np.int64)
+            case _:
+                raise pickle.UnpicklingError("an array that is no (N,) array of integers")
+
+
+class _Dtype:
+    def __init__(self, code: str, *_flags: object) -> None:
+        if code not in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
+            raise pickle.UnpicklingError(f"an array of type {code!r}")
+        self.code, self.byteorder = code, "="
+
+    def __setstate__(self, state: object) -> None:
+        match state:
+            case (int(), "<" | ">" | "|" | "=" as byteorder, *_):
+                self.byteorder = byteorder
+            case _:
+                raise pickle.UnpicklingError("a damaged array type")
+
+
+def _rebuild(*_arguments: object) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Knows the four names of CIFAR-N's files, each replaced by a stand-in of ours."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match (module.replace("numpy._core", "numpy.core"), name):
+            case ("numpy.core.multiarray", "_reconstruct"):
+                return _rebuild
+            case ("numpy", "ndarray"):
+                return _Array
+            case ("numpy", "dtype"):
+                return _Dtype
+            case ("_codecs", "encode"):
+                return _encode
+        raise pickle.UnpicklingError(f"the name {module}.{name}, which label files do not need")
+
+
+def read_pt(name: str, path: str | os.PathLike[str]) -> dict[str, NDArray[np.int64]]:
+    """The label arrays of one of CIFAR-N's .pt files, read without torch.load and without running anything.
+
+    Args:
+        name: The argument the file was given for; it begins every message.
+        path: A zip archive with one uncompressed pickle of a dict of integer arrays or lists.
+
+    Returns:
+        Every entry of the dict, (N,) int64.
+
+    Raises:
+        InputError: Not such an archive, truncated, compressed (a bomb would be), or a pickle that asks for any other
+            name, be it a harmless one.
+    """
+    with open_plain(name, path) as file:
+        head = file.read(512)
+        if not head.startswith(b"PK\x03\x04"):
+            raise InputError(f"{name}: expected a .pt file, but {path} is {_kind(head)}")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = [info for info in archive.infolist() if info.filename.split("/")[-1] == "data.pkl"]
+                if len(members) != 1 or ".." in members[0].filename.split("/"):
+                    raise ValueError(f"{len(members)} members are called data.pkl")
+                member = members[0]
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_PICKLE_BYTES:
+                    raise ValueError(f"data.pkl is compressed or larger than {MAX_PICKLE_BYTES} bytes")
+                content = _RestrictedUnpickler(io.BytesIO(archive.read(member))).load()
+            if not isinstance(content, dict) or not content:
+                raise ValueError(f"it holds {type(content).__name__}, not a dict of arrays")
+            return {str(key): _pt_labels(str(key), value) for key, value in content.items()}
+        # A damaged pickle can fail in any way an interpreter can; none of them is a reason to go on.
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{name}: {path} is no label file that can be read safely: {text[:200]}") from error
+
+
+def _pt_labels(key: str, value: object) -> NDArray[np.int64]:
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        return np.array(value, dtype=np.int64)
+    raise ValueError(f"{key} is no array or list of integers")
+
+
+@contextmanager
+def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: after a crash at any moment the old content or the new one is there.
+
+    The content goes to a temporary file in the same folder and onto the disk, and then takes the target's name. An
+    exception inside the block leaves the target as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with write_atomic(Path(folder, "record.json")) as file:
+        ...         _ = file.write(b"{}")
+        ...     Path(folder, "record.json").read_text()
+        '{}'
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Put a folder's entries onto the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
