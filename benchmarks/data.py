@@ -267,6 +267,25 @@ def npz(path: Path, given: Path | None = None, *, seed: int = 0) -> Benchmark:
     )
 
 
+def holds_features(path: Path) -> bool:
+    """Whether the training inputs of an .npz file are features; it reads their header alone.
+
+    Raises:
+        InputError: No such file, or no .npz file with an array called train.
+    """
+    try:
+        with open_plain("data", path) as file, zipfile.ZipFile(file) as archive, archive.open("train.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            return len(read_header(member)[0]) == 2
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"data: expected an .npz file with an array train, got {path}: {error}") from error
+
+
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     names = [f"{part}{ending}" for part in ("train", "test", "synthetic") for ending in ("", "_labels")]
     with open_plain("data", path) as file:

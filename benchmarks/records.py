@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from synth_refine import InputError
 from synth_refine.files import write_atomic
@@ -25,6 +26,11 @@ PACKAGES = ("synth-refine", "torch", "torchvision", "numpy", "scipy", "scikit-le
 def digest(value: object) -> str:
     """Eight hex digits that name a setting; equal settings have equal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Names a tensor by its content."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def environment(device: torch.device | None = None) -> Record:

@@ -60,3 +60,6 @@ REFINERS: dict[str, Refiner] = {
     "paper": paper,
     "zero-shot": zero_shot,
 }
+
+SOFT_REFINERS: frozenset[str] = frozenset()
+"""Refiners that give soft labels."""

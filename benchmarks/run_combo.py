@@ -25,13 +25,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from adapters import ADAPTERS, SOFT_LABELS, Split, Task, check_options
+from adapters import ADAPTERS, SOFT_LABELS, Split, check_options
 from adapters.standard import InitialClassifier, initial_classifier
 from benchmarks import data
-from benchmarks.records import Record, digest, environment, read_records, write_record
+from benchmarks.records import Record, digest, environment, read_records, tensor_digest, write_record
 from benchmarks.refiners import REFINERS, SOFT_REFINERS, Evidence
 from benchmarks.table import table
 from synth_refine import InputError
+from synth_refine.files import file_hash
 
 CONFIGS = Path(__file__).parent / "configs"
 KEYS = {
@@ -113,12 +114,15 @@ def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
         noises = ["given"] if arguments.data else _list(config.get("noise", "given"))
     seeds = arguments.seeds if arguments.seeds is not None else _list(config.get("seeds", 0))
     folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
+    files = {argument: file_hash(path) for argument, path in (("data", arguments.data),) if path}
     runs = []
     for noise in noises:
         for seed in seeds:
             for method in methods:
                 for refiner in refiners:
-                    settings = _settings(config, method, refiner)
+                    settings = {**_settings(config, method, refiner), **files}
+                    if arguments.given:
+                        settings["given"] = file_hash(noise)
                     stem = f"{Path(noise).stem}_{method}_{refiner}_seed{seed}_{digest(settings)}".replace("/", "-")
                     runs.append(Run(noise, method, refiner, int(seed), settings, folder / f"{stem}.json"))
     return runs
@@ -177,23 +181,14 @@ def load(noise: str, config: Mapping[str, Any], arguments: argparse.Namespace, d
     task = benchmark.task
     if config.get("synthetic_per_class") is not None:
         task = dataclasses.replace(task, synthetic=first_per_class(task.synthetic, config["synthetic_per_class"]))
-    parts = {
-        name: Split(split.inputs.to(device), split.labels.to(device))
-        for name, split in vars(task).items()
-        if isinstance(split, Split)
-    }
     truth = benchmark.true_labels
-    return dataclasses.replace(
-        benchmark,
-        task=dataclasses.replace(task, **parts),
-        true_labels=None if truth is None else truth.to(device),
-    )
+    return dataclasses.replace(benchmark, task=task.to(device), true_labels=None if truth is None else truth.to(device))
 
 
 def first_per_class(split: Split, count: int) -> Split:
     """The first `count` rows of every class, in their order."""
     ranks = torch.zeros_like(split.labels)
-    for label in split.labels.unique():
+    for label in range(int(split.labels.max()) + 1):
         rows = split.labels == label
         ranks[rows] = torch.arange(int(rows.sum()), device=ranks.device)
     keep = ranks < count
@@ -203,9 +198,7 @@ def first_per_class(split: Split, count: int) -> Split:
 class Refined:
     """Refined labels of one task and seed; the initial classifier and each refiner run once, when first asked for."""
 
-    def __init__(
-        self, noise: str, seed: int, benchmark: data.Benchmark, config: Mapping[str, Any], work: Path
-    ) -> None:
+    def __init__(self, noise: str, seed: int, benchmark: data.Benchmark, config: Mapping[str, Any], work: Path) -> None:
         """Remember what to work on."""
         self.noise, self.seed, self.benchmark = noise, seed, benchmark
         self._config, self._work = config, work
@@ -217,7 +210,8 @@ class Refined:
         """The classifier trained on the given labels."""
         if self._initial is None:
             options = self._config.get("initial") or {}
-            name = digest([self.benchmark.name, self.benchmark.noise_name, self.seed, options])
+            task = self.benchmark.task
+            name = digest([tensor_digest(task.train.inputs), tensor_digest(task.train.labels), self.seed, options])
             checkpoint = self._work / f"initial_{name}.safetensors"
             self._initial = initial_classifier(self.benchmark.task, options, self.seed, checkpoint)
         return self._initial
@@ -257,7 +251,7 @@ class Refined:
 
 def _execute_one(run: Run, refined: Refined, device: torch.device, work: Path) -> Record:
     benchmark = refined.benchmark
-    task: Task = benchmark.task
+    task = benchmark.task
     labels, refine_seconds = refined.labels(run.refiner)
     if run.method == "relabel":
         task = dataclasses.replace(task, initial=refined.initial.weights)
@@ -336,21 +330,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.config is None:
-        options.config = CONFIGS / f"{_default_config(options.data)}.yaml"
     return options
 
 
 def _default_config(arrays: Path | None) -> str:
     if arrays is None:
         return "digits"
-    return "features" if not arrays.exists() or data.holds_features(arrays) else "cifar10"
+    return "features" if data.holds_features(arrays) else "cifar10"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark. Exit code 0 when all is done, 3 for bad input, 130 when stopped by Ctrl-C."""
     options = _parse(arguments)
     try:
+        if options.config is None:
+            options.config = CONFIGS / f"{_default_config(options.data)}.yaml"
         config = read_config(options.config, options.overrides)
         runs = plan(config, options)
         if options.dry_run:

@@ -6,8 +6,6 @@ in the same process, and the median of the rounds counts.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.records import environment, write_record
 from synth_refine import refine_labels
 
 SIZES = [(45_000, 512, 10), (200_000, 768, 1000)]  # images, features, classes
@@ -64,7 +61,7 @@ def resident() -> int:
 
 
 def extra_memory(function: Callable[[], object]) -> int:
-    """Peak of resident memory during one call above what was resident before it, in bytes; sampled every millisecond."""
+    """Peak of resident memory during one call above what was resident before it, in bytes, sampled each millisecond."""
     before, peak, done = resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -101,7 +98,13 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
         bare()
         times = [(seconds(ours), seconds(bare)) for _ in range(rounds)]
         loop_rows = min(LOOP_ROWS, 200_000 // num_classes)
-        loop = seconds(lambda n=loop_rows, a=(features, logits, prototypes): published_way(a[0][:n], a[1][:n], a[2], 0.6))  # type: ignore[misc]
+
+        def loop(
+            arrays: tuple[Tensor, Tensor, Tensor] = (features[:loop_rows], logits[:loop_rows], prototypes),
+        ) -> object:
+            return published_way(*arrays, 0.6)
+
+        loop_seconds = seconds(loop) * num_images / loop_rows
         our_seconds = statistics.median(time for time, _ in times)
         rows.append(
             {
@@ -110,8 +113,8 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
                 "classes": num_classes,
                 "seconds": our_seconds,
                 "times_matmul_and_softmax": statistics.median(a / b for a, b in times),
-                "loop_seconds": loop * num_images / loop_rows,
-                "times_faster_than_loop": loop * num_images / loop_rows / our_seconds,
+                "loop_seconds": loop_seconds,
+                "times_faster_than_loop": loop_seconds / our_seconds,
                 "extra_megabytes": memory / 1e6,
             }
         )

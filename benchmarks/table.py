@@ -107,7 +107,9 @@ def _accuracy(values: Sequence[float | None]) -> str:
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     """Cells padded, so that the table can be read in a terminal too."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -60,15 +60,16 @@ class Refinement:
         """
         check_labels("given", given)
         check_array("given", given, tuple(self.labels.shape))
-        if type(given) is not type(self.labels):
-            kinds = [type(value).__name__ for value in (self.labels, given)]
-            raise InputError(f"given: expected {kinds[0]} like the refinement, got {kinds[1]}")
+        if isinstance(given, Tensor) != isinstance(self.labels, Tensor):
+            kinds = ("torch tensor", "NumPy array")
+            wanted, found = kinds if isinstance(self.labels, Tensor) else kinds[::-1]
+            raise InputError(f"given: expected a {wanted} like the refinement, got a {found}")
         keep = ~self.accepted
         rows, classes = self.ties[:, 0], self.ties[:, 1]
         keep[rows[given[rows] == classes]] = True  # the given label is one of the best: nothing to correct
         if isinstance(given, Tensor):
-            return torch.where(keep, given, cast(Tensor, self.labels).to(given.dtype))
-        return np.where(keep, given, cast("NDArray[np.int64]", self.labels).astype(given.dtype))
+            return torch.where(torch.as_tensor(keep), given, torch.as_tensor(self.labels).to(given.dtype))
+        return np.where(keep, given, np.asarray(self.labels).astype(given.dtype))
 
 
 def refine_labels(
