@@ -1,5 +1,6 @@
 """Tasks by name: splits, noise, arrays of a user, folders of images, and one line for whatever is missing."""
 
+import dataclasses
 import os
 import pickle
 import socket
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
 
+from adapters.network import resolve
 from benchmarks import data
 from synth_refine import InputError
+from third_party import plc, standard
 
 DATA = os.environ.get("SYNTH_REFINE_DATA")
 
@@ -367,3 +371,28 @@ def test_without_a_network_one_line_says_what_to_fetch(tmp_path: Path, monkeypat
     with pytest.raises(InputError, match=r"fetch https://\S+/cifar10-1-0\.35\.npy \(md5 \w{32}\) and put") as caught:
         data._label_file("cifar10-1-0.35.npy", tmp_path / "noise_labels")
     assert "\n" not in str(caught.value)
+
+
+# ---- configs ----
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
+def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
+    path = Path(data.__file__).parent / "configs" / f"{name}.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config["dataset"] == name
+    for noise_name in config["noise"]:
+        data.noisy_labels(noise_name, np.arange(300) % 100, 100, pmd_stand_in, {0: 1})
+    defaults = {"standard": standard.Config(), "relabel": standard.FINE_TUNE, "plc": plc.Config()}
+    for method, options in config["methods"].items():
+        resolve(method, defaults[method], options)
+    resolve("initial", standard.Config(), {key: value for key, value in config["initial"].items() if key != "select"})
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_cifar_configs_are_the_published_recipes(name: str) -> None:
+    methods = yaml.safe_load((Path(data.__file__).parent / "configs" / f"{name}.yaml").read_text())["methods"]
+    overshoot = dataclasses.replace(standard.Config(), warmup_overshoot=True)
+    assert resolve("standard", standard.Config(), methods["standard"])[0] == overshoot
+    assert resolve("relabel", standard.FINE_TUNE, methods["relabel"])[0] == standard.FINE_TUNE
+    assert resolve("plc", plc.Config(), methods["plc"])[0] == plc.Config()
