@@ -53,7 +53,8 @@ KEYS = {
 class Run:
     """One method on one refiner's labels with one seed."""
 
-    noise: str  # a name of the config, or a label file
+    noise: str  # a name of the config, or the stem of a label file
+    given: Path | None  # the label file
     method: str
     refiner: str
     seed: int
@@ -109,22 +110,21 @@ def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
                 takers = ", ".join(sorted(SOFT_LABELS))
                 raise InputError(f"refine: {refiner} gives soft labels, which {takers} take and {method} does not")
     check_options("initial", config.get("initial") or {})
-    noises = [str(path) for path in arguments.given or ()]
+    noises: list[tuple[str, Path | None]] = [(path.stem, path) for path in arguments.given or ()]
     if not noises:
-        noises = ["given"] if arguments.data else _list(config.get("noise", "given"))
+        noises = [(name, None) for name in (["given"] if arguments.data else _list(config.get("noise", "clean")))]
     seeds = arguments.seeds if arguments.seeds is not None else _list(config.get("seeds", 0))
     folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
-    files = {argument: file_hash(path) for argument, path in (("data", arguments.data),) if path}
+    arrays = _file_hash("data", arguments.data)
     runs = []
-    for noise in noises:
+    for noise, given in noises:
+        files = {"data": arrays, "given": _file_hash("given", given)}
         for seed in seeds:
             for method in methods:
                 for refiner in refiners:
                     settings = {**_settings(config, method, refiner), **files}
-                    if arguments.given:
-                        settings["given"] = file_hash(noise)
-                    stem = f"{Path(noise).stem}_{method}_{refiner}_seed{seed}_{digest(settings)}".replace("/", "-")
-                    runs.append(Run(noise, method, refiner, int(seed), settings, folder / f"{stem}.json"))
+                    name = f"{noise}_{method}_{refiner}_seed{seed}_{digest(settings)}.json"
+                    runs.append(Run(noise, given, method, refiner, int(seed), settings, folder / name))
     return runs
 
 
@@ -139,6 +139,15 @@ def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str,
     if refiner != "none" or method == "relabel":
         settings["initial"] = config.get("initial") or {}
     return settings
+
+
+def _file_hash(argument: str, path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise InputError(f"{argument}: {path} cannot be read: {error.strerror}") from error
 
 
 def _list(value: Any) -> list[Any]:
@@ -164,19 +173,19 @@ def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.
             yield from read_records([run.path])
             continue
         if loaded is None or refined is None or (refined.noise, refined.seed) != (run.noise, run.seed):
-            loaded = load(run.noise, config, arguments, device)
+            loaded = load(run, config, arguments, device)
             refined = Refined(run.noise, run.seed, loaded, config, work)
         yield _execute_one(run, refined, device, work)
 
 
-def load(noise: str, config: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> data.Benchmark:
+def load(run: Run, config: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> data.Benchmark:
     """The task of the command line, on the device, with as many synthetic images per class as the config says."""
     benchmark = data.load(
         str(arguments.data) if arguments.data else config["dataset"],
-        noise,
+        run.noise,
         data_root=arguments.data_root,
         synthetic=arguments.synthetic,
-        given=Path(noise) if arguments.given else None,
+        given=run.given,
     )
     task = benchmark.task
     if config.get("synthetic_per_class") is not None:
@@ -347,19 +356,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.config = CONFIGS / f"{_default_config(options.data)}.yaml"
         config = read_config(options.config, options.overrides)
         runs = plan(config, options)
-        if options.dry_run:
-            for run in runs:
-                print(f"{'done   ' if run.path.exists() else 'to do  '} {run.path}")
-            return 0
-        records = []
+    except (InputError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    if options.dry_run:
+        for run in runs:
+            print(f"{'done ' if run.path.exists() else 'to do'}  {run.path}")
+        return 0
+    records = []
+    try:
         for run, record in zip(runs, execute(runs, config, options), strict=True):
             records.append(record)
             accuracy = ", ".join(f"{name} {value:.2%}" for name, value in record["test_accuracy"].items())
-            print(f"{Path(run.noise).stem} {run.method} {run.refiner} seed {run.seed}: {accuracy}", file=sys.stderr)
+            print(f"{run.noise} {run.method} {run.refiner} seed {run.seed}: {accuracy}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (InputError, TypeError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     print(json.dumps(records, indent=1) if options.json else table(records))
