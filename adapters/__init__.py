@@ -1,7 +1,16 @@
 """Methods that learn from noisy labels, each behind the same call."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from adapters import plc, standard
 from adapters.base import Adapter, Outcome, Split, Task
+from adapters.network import resolve
+from third_party.plc import Config as PlcConfig
+from third_party.standard import FINE_TUNE
+from third_party.standard import Config as StandardConfig
 
 ADAPTERS: dict[str, Adapter] = {
     "standard": standard.run,
@@ -9,4 +18,29 @@ ADAPTERS: dict[str, Adapter] = {
     "plc": plc.run,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Outcome", "Split", "Task"]
+SOFT_LABELS = frozenset({"standard", "relabel"})
+"""Methods whose loss takes soft labels; the others work on classes."""
+
+_DEFAULTS: dict[str, Any] = {
+    "initial": StandardConfig(),
+    "standard": StandardConfig(),
+    "relabel": FINE_TUNE,
+    "plc": PlcConfig(),
+}
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse unknown options before anything runs.
+
+    Args:
+        method: A key of `ADAPTERS`, or "initial" for the initial classifier.
+        options: As for the method's `run`.
+
+    Raises:
+        TypeError: An unknown option, or one of the wrong type.
+    """
+    known = {name: value for name, value in options.items() if (method, name) != ("initial", "select")}
+    resolve(method, _DEFAULTS[method], known)
+
+
+__all__ = ["ADAPTERS", "SOFT_LABELS", "Adapter", "Outcome", "Split", "Task", "check_options"]

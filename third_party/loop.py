@@ -81,6 +81,17 @@ def sgd(
     )
 
 
+def check_lengths(epochs: int, batch_size: int) -> None:
+    """Refuse an empty run and batches that batch normalisation cannot take.
+
+    Raises:
+        ValueError: One line that names the argument, what was expected and what came.
+    """
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 2)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def check_inputs(model: Classifier, inputs: Tensor, labels: Tensor, *, soft: bool) -> None:
     """Refuse what a loop cannot train on.
 
@@ -144,6 +155,11 @@ class Progress:
             optimiser.load_state_dict(state["optimiser"])
         except RuntimeError as error:
             raise ValueError(f"checkpoint: expected the weights of this network, got others in {self.path}") from error
+        for parameter, values in optimiser.state.items():
+            # The fused kernel reads a buffer in the memory order of its parameter, whatever the buffer's own is.
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
         return state
 
     def save(self, state: Mapping[str, Any], *, last: bool) -> None:

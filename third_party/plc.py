@@ -6,6 +6,7 @@ https://arxiv.org/abs/2103.07756. Letters in shapes: N images, D features, C cla
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from third_party.loop import Measure, Progress, check_inputs, seeded, sgd, shuffled_batches, stepped_rate, take_batch
+from third_party.loop import (
+    Measure,
+    Progress,
+    check_inputs,
+    check_lengths,
+    seeded,
+    sgd,
+    shuffled_batches,
+    stepped_rate,
+    take_batch,
+)
 from third_party.resnet import Classifier
 
 
@@ -121,8 +132,9 @@ def train(
         checkpoint: Safetensors file to write to, and to go on from where it exists, with the same result.
 
     Raises:
-        ValueError: Inputs, labels, a switch or the checkpoint do not fit, or the loss is no number any more.
+        ValueError: Inputs, labels, a switch or the checkpoint do not fit, or the loss is not finite any more.
     """
+    check_lengths(config.epochs, config.batch_size)
     check_inputs(model, inputs, labels, soft=False)
     for name, value, known in (
         ("growth", config.growth, ("additive", "multiplicative")),
@@ -165,8 +177,10 @@ def train(
                 total += loss.detach()
                 steps += 1
             mean_loss = total.item() / steps
-            if mean_loss != mean_loss:
-                raise ValueError(f"lr: expected training to converge, got a loss of NaN in epoch {epoch}")
+            if not math.isfinite(mean_loss):
+                raise ValueError(
+                    f"lr: expected a finite loss, got {mean_loss} in epoch {epoch}; lower lr ({config.lr})"
+                )
             flips, delta_now = 0, delta
             if epoch >= config.warmup:
                 corrected = correct(window.mean(dim=0), current, delta)

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2509.04298. Letters in shapes: N images, D features, C cla
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from third_party.loop import Measure, Progress, check_inputs, seeded, sgd, shuffled_batches, stepped_rate, take_batch
+from third_party.loop import (
+    Measure,
+    Progress,
+    check_inputs,
+    check_lengths,
+    seeded,
+    sgd,
+    shuffled_batches,
+    stepped_rate,
+    take_batch,
+)
 from third_party.resnet import Classifier
 
 
@@ -105,8 +116,9 @@ def train(
         keep_best: Measured figure whose best epoch gives `Result.best_weights`.
 
     Raises:
-        ValueError: Inputs, labels or checkpoint do not fit, or the loss is no number any more.
+        ValueError: Inputs, labels or checkpoint do not fit, or the loss is not finite any more.
     """
+    check_lengths(config.epochs, config.batch_size)
     check_inputs(model, inputs, labels, soft=True)
     if config.warmup_overshoot and config.warmup < 1:
         raise ValueError(f"warmup_overshoot: expected warmup of at least 1 epoch, got {config.warmup}")
@@ -138,11 +150,15 @@ def train(
                 optimiser.step()
                 total += loss.detach()
             mean_loss = total.item() / len(batches)
-            if mean_loss != mean_loss:
-                raise ValueError(f"lr: expected training to converge, got a loss of NaN in epoch {epoch}")
+            if not math.isfinite(mean_loss):
+                raise ValueError(
+                    f"lr: expected a finite loss, got {mean_loss} in epoch {epoch}; lower lr ({config.lr})"
+                )
             model.eval()
             with torch.no_grad():
                 figures = dict(measure(model))
+        if keep_best is not None and keep_best not in figures:
+            raise ValueError(f"keep_best: expected one of {', '.join(figures) or 'no figures'}, got {keep_best!r}")
         rate = float(optimiser.param_groups[0]["lr"])
         history.append({"epoch": float(epoch), "lr": rate, "loss": mean_loss, **figures})
         if keep_best is not None and (best_epoch is None or figures[keep_best] > history[best_epoch][keep_best]):
