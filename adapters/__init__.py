@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapters import plc, standard
+from adapters import lra_diffusion, plc, standard
 from adapters.base import Adapter, Outcome, Split, Task
 from adapters.network import resolve
 from third_party.plc import Config as PlcConfig
@@ -16,6 +16,8 @@ ADAPTERS: dict[str, Adapter] = {
     "standard": standard.run,
     "relabel": standard.run_relabel,
     "plc": plc.run,
+    "lra-clip": lra_diffusion.run_clip,
+    "lra-simclr": lra_diffusion.run_simclr,
 }
 
 SOFT_LABELS = frozenset({"standard", "relabel"})
@@ -26,6 +28,8 @@ _DEFAULTS: dict[str, Any] = {
     "standard": StandardConfig(),
     "relabel": FINE_TUNE,
     "plc": PlcConfig(),
+    "lra-clip": lra_diffusion.ClipOptions(),
+    "lra-simclr": lra_diffusion.SimclrOptions(),
 }
 
 
