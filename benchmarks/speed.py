@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: python benchmarks/speed.py refine [--json FILE].
+"""Speed as ratios within one run: python benchmarks/speed.py refine.
 
 Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
 in the same process, and the median of the rounds counts.
@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +119,23 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+BENCHMARKS = {"refine": refine}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time one thing and write a record of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=sorted(BENCHMARKS))
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the record (%(default)s)")
+    options = parser.parse_args(arguments)
+    rows = BENCHMARKS[options.what]()
+    record = {"benchmark": options.what, "environment": environment(), "rows": rows}
+    write_record(options.out / f"{options.what}_{digest(record)}.json", record)
+    print(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
