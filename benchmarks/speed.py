@@ -6,6 +6,8 @@ in the same process, and the median of the rounds counts.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import sys
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.records import digest, environment, write_record
 from synth_refine import refine_labels
 
 SIZES = [(45_000, 512, 10), (200_000, 768, 1000)]  # images, features, classes
