@@ -50,14 +50,23 @@ KEYS = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """One method on one refiner's labels with one seed."""
+class GivenLabels:
+    """The labels that one group of runs starts from, and the seed of its random numbers."""
 
     noise: str  # a name of the config, or the stem of a label file
-    given: Path | None  # the label file
+    path: Path | None  # the label file
+    seed: int
+    folder: Path  # of the records
+    files: Mapping[str, str | None]  # hashes
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one refiner's labels."""
+
+    labels: GivenLabels
     method: str
     refiner: str
-    seed: int
     settings: Mapping[str, Any]  # what the outcome depends on besides
     path: Path  # of its record
 
@@ -110,22 +119,29 @@ def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
                 takers = ", ".join(sorted(SOFT_LABELS))
                 raise InputError(f"refine: {refiner} gives soft labels, which {takers} take and {method} does not")
     check_options("initial", config.get("initial") or {})
+    runs = []
+    for labels in given_labels(config, arguments):
+        for method in methods:
+            for refiner in refiners:
+                settings = {**_settings(config, method, refiner), **labels.files}
+                name = f"{labels.noise}_{method}_{refiner}_seed{labels.seed}_{digest(settings)}.json"
+                runs.append(Run(labels, method, refiner, settings, labels.folder / name))
+    return runs
+
+
+def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[GivenLabels]:
+    """The noises and seeds of the command line, or else of the config."""
     noises: list[tuple[str, Path | None]] = [(path.stem, path) for path in arguments.given or ()]
     if not noises:
         noises = [(name, None) for name in (["given"] if arguments.data else _list(config.get("noise", "clean")))]
     seeds = arguments.seeds if arguments.seeds is not None else _list(config.get("seeds", 0))
     folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
     arrays = _file_hash("data", arguments.data)
-    runs = []
-    for noise, given in noises:
-        files = {"data": arrays, "given": _file_hash("given", given)}
-        for seed in seeds:
-            for method in methods:
-                for refiner in refiners:
-                    settings = {**_settings(config, method, refiner), **files}
-                    name = f"{noise}_{method}_{refiner}_seed{seed}_{digest(settings)}.json"
-                    runs.append(Run(noise, given, method, refiner, int(seed), settings, folder / name))
-    return runs
+    return [
+        GivenLabels(noise, path, int(seed), folder, {"data": arrays, "given": _file_hash("given", path)})
+        for noise, path in noises
+        for seed in seeds
+    ]
 
 
 def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str, Any]:
@@ -164,33 +180,29 @@ def _names(argument: str, asked: str | None, default: list[str], known: Mapping[
 
 def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Record]:
     """Yield the record of every run, in order; those that have one are not run again."""
-    device = torch.device(arguments.device)
-    work = arguments.out / ".work"
-    loaded: data.Benchmark | None = None
     refined: Refined | None = None
     for run in runs:
         if run.path.exists():
             yield from read_records([run.path])
             continue
-        if loaded is None or refined is None or (refined.noise, refined.seed) != (run.noise, run.seed):
-            loaded = load(run, config, arguments, device)
-            refined = Refined(run.noise, run.seed, loaded, config, work)
-        yield _execute_one(run, refined, device, work)
+        if refined is None or refined.given != run.labels:
+            refined = Refined(run.labels, load(run.labels, config, arguments), config)
+        yield _execute_one(run, refined, arguments.device)
 
 
-def load(run: Run, config: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> data.Benchmark:
+def load(labels: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> data.Benchmark:
     """The task of the command line, on the device, with as many synthetic images per class as the config says."""
     benchmark = data.load(
         str(arguments.data) if arguments.data else config["dataset"],
-        run.noise,
+        labels.noise,
         data_root=arguments.data_root,
         synthetic=arguments.synthetic,
-        given=run.given,
+        given=labels.path,
     )
-    task = benchmark.task
+    device = torch.device(arguments.device)
+    task, truth = benchmark.task, benchmark.true_labels
     if config.get("synthetic_per_class") is not None:
         task = dataclasses.replace(task, synthetic=first_per_class(task.synthetic, config["synthetic_per_class"]))
-    truth = benchmark.true_labels
     return dataclasses.replace(benchmark, task=task.to(device), true_labels=None if truth is None else truth.to(device))
 
 
@@ -207,12 +219,18 @@ def first_per_class(split: Split, count: int) -> Split:
 class Refined:
     """Refined labels of one task and seed; the initial classifier and each refiner run once, when first asked for."""
 
-    def __init__(self, noise: str, seed: int, benchmark: data.Benchmark, config: Mapping[str, Any], work: Path) -> None:
+    def __init__(self, given: GivenLabels, benchmark: data.Benchmark, config: Mapping[str, Any]) -> None:
         """Remember what to work on."""
-        self.noise, self.seed, self.benchmark = noise, seed, benchmark
-        self._config, self._work = config, work
+        self.given, self.benchmark = given, benchmark
+        self._config = config
         self._initial: InitialClassifier | None = None
+        self._evidence: Evidence | None = None
         self._labels: dict[str, tuple[Tensor, float]] = {}
+
+    @property
+    def work(self) -> Path:
+        """Folder for what a killed run goes on from."""
+        return self.given.folder.parent / ".work"
 
     @property
     def initial(self) -> InitialClassifier:
@@ -220,29 +238,38 @@ class Refined:
         if self._initial is None:
             options = self._config.get("initial") or {}
             task = self.benchmark.task
-            name = digest([tensor_digest(task.train.inputs), tensor_digest(task.train.labels), self.seed, options])
-            checkpoint = self._work / f"initial_{name}.safetensors"
-            self._initial = initial_classifier(self.benchmark.task, options, self.seed, checkpoint)
+            name = digest(
+                [tensor_digest(task.train.inputs), tensor_digest(task.train.labels), self.given.seed, options]
+            )
+            checkpoint = self.work / f"initial_{name}.safetensors"
+            self._initial = initial_classifier(task, options, self.given.seed, checkpoint)
         return self._initial
 
-    def labels(self, refiner: str) -> tuple[Tensor, float]:
-        """A refiner's labels and the seconds it took, without the initial classifier's training."""
-        if refiner not in self._labels:
+    @property
+    def evidence(self) -> Evidence:
+        """What refiners look at."""
+        if self._evidence is None:
             task = self.benchmark.task
-            if refiner == "none":
-                return task.train.labels, 0.0
             features, synthetic = self._embeddings()
-            evidence = Evidence(
+            self._evidence = Evidence(
                 features,
                 self.initial.train_logits,
                 task.train.labels,
                 synthetic,
                 task.synthetic.labels,
                 task.num_classes,
-                self.seed,
+                self.given.seed,
             )
+        return self._evidence
+
+    def labels(self, refiner: str) -> tuple[Tensor, float]:
+        """A refiner's labels and the seconds it took, without the initial classifier's training."""
+        if refiner == "none":
+            return self.benchmark.task.train.labels, 0.0
+        if refiner not in self._labels:
+            evidence, options = self.evidence, _settings(self._config, "", refiner)["refiner"]
             start = time.perf_counter()
-            labels = REFINERS[refiner](evidence, **_settings(self._config, "", refiner)["refiner"])
+            labels = REFINERS[refiner](evidence, **options)
             self._labels[refiner] = labels, time.perf_counter() - start
         return self._labels[refiner]
 
@@ -258,15 +285,15 @@ class Refined:
         raise InputError(f"encoder: expected classifier or given, got {encoder!r}")
 
 
-def _execute_one(run: Run, refined: Refined, device: torch.device, work: Path) -> Record:
+def _execute_one(run: Run, refined: Refined, device: str) -> Record:
     benchmark = refined.benchmark
     task = benchmark.task
     labels, refine_seconds = refined.labels(run.refiner)
     if run.method == "relabel":
         task = dataclasses.replace(task, initial=refined.initial.weights)
-    checkpoint = work / f"{run.path.stem}.safetensors"
+    checkpoint = refined.work / f"{run.path.stem}.safetensors"
     start = time.perf_counter()
-    outcome = ADAPTERS[run.method](task, labels, run.settings["method"], run.seed, checkpoint)
+    outcome = ADAPTERS[run.method](task, labels, run.settings["method"], run.labels.seed, checkpoint)
     train_seconds = time.perf_counter() - start
     record: Record = {
         "config": run.path.parent.name,
@@ -274,10 +301,10 @@ def _execute_one(run: Run, refined: Refined, device: torch.device, work: Path) -
         "noise": benchmark.noise_name,
         "method": run.method,
         "refiner": run.refiner,
-        "seed": run.seed,
+        "seed": run.labels.seed,
         "settings": {**run.settings, "method": outcome.settings},
         "settings_digest": digest(run.settings),
-        "environment": environment(device),
+        "environment": environment(torch.device(device)),
         "refine_seconds": refine_seconds,
         "train_seconds": train_seconds,
         "labels": flows(task.train.labels, _hard(labels), benchmark.true_labels),
@@ -320,11 +347,9 @@ def flows(given: Tensor, refined: Tensor, truth: Tensor | None) -> Record:
     return counts
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The arguments that this script shares with run_ablation.py."""
     add = parser.add_argument
-    add("--method", help=f"comma-separated: {', '.join(ADAPTERS)}; default: all of the config")
-    add("--refine", help=f"comma-separated: {', '.join(REFINERS)}; default: those of the config")
     add("--config", type=Path, help="YAML file; default: digits.yaml, with --data features.yaml or cifar10.yaml")
     add("--data", type=Path, help="your arrays, an .npz file: train, train_labels, test, test_labels, synthetic, ...")
     add("--given", type=Path, action="append", help="noisy labels of the first training rows; may be repeated")
@@ -333,13 +358,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="for example 0,1,2")
     add("--out", type=Path, default=Path("runs"), help="folder for the records (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("overrides", nargs="*", metavar="key=value", help="config values, for example methods.plc.epochs=30")
+
+
+def resolve_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fill in the device and the config's path, and read the config."""
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.config is None:
+        arguments.config = CONFIGS / f"{_default_config(arguments.data)}.yaml"
+    return read_config(arguments.config, arguments.overrides)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--method", help=f"comma-separated: {', '.join(ADAPTERS)}; default: all of the config")
+    add("--refine", help=f"comma-separated: {', '.join(REFINERS)}; default: those of the config")
+    add_common(parser)
     add("--json", action="store_true", help="print the records instead of the table")
     add("--dry-run", action="store_true", help="list the runs and do nothing")
-    add("overrides", nargs="*", metavar="key=value", help="config values, for example methods.plc.epochs=30")
-    options = parser.parse_args(arguments)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return options
+    return parser.parse_args(arguments)
 
 
 def _default_config(arrays: Path | None) -> str:
@@ -352,9 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark. Exit code 0 when all is done, 3 for bad input, 130 when stopped by Ctrl-C."""
     options = _parse(arguments)
     try:
-        if options.config is None:
-            options.config = CONFIGS / f"{_default_config(options.data)}.yaml"
-        config = read_config(options.config, options.overrides)
+        config = resolve_config(options)
         runs = plan(config, options)
     except (InputError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -368,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run, record in zip(runs, execute(runs, config, options), strict=True):
             records.append(record)
             accuracy = ", ".join(f"{name} {value:.2%}" for name, value in record["test_accuracy"].items())
-            print(f"{run.noise} {run.method} {run.refiner} seed {run.seed}: {accuracy}", file=sys.stderr)
+            print(f"{run.labels.noise} {run.method} {run.refiner} seed {run.labels.seed}: {accuracy}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
