@@ -88,7 +88,7 @@ def table(records: Sequence[Record]) -> str:
             figure = None if pair is None or column is None else pair[column]
             row.append("" if figure is None else f"{figure:.2f}")
         rows.append(row)
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -104,7 +104,7 @@ def _accuracy(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.2f}{spread}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Cells padded, so that the table can be read in a terminal too."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [

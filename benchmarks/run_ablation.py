@@ -1,0 +1,275 @@
+"""Turn one knob at a time and measure the refined labels, or what training on them reaches.
+
+python benchmarks/run_ablation.py --study threshold,weight
+python benchmarks/run_ablation.py --study images --data features.npz --given noisy_labels.npy
+
+One record per study, labels and seed, one table and one picture per study, both from the records alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters import ADAPTERS, Split
+from benchmarks import refiners
+from benchmarks.records import Record, digest, environment, read_records, write_record
+from benchmarks.refiners import Evidence
+from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, load, resolve_config
+from benchmarks.table import markdown
+from synth_refine import InputError, class_prototypes, refine_labels
+
+DISCARDED = -1
+PUBLISHED_FILTER = {"threshold": 0.8, "per_class": 300}  # of the paper's code; its iterative variant is left out
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a study's knob."""
+
+    series: str  # one line of the picture
+    value: float | str  # its place on the horizontal axis
+    labels: Callable[[Evidence], Tensor]  # refined labels, (N,); DISCARDED takes an image out
+    add_synthetic: bool = False  # train on the synthetic images as well
+
+
+Study: TypeAlias = "list[Point]"
+
+
+def centred(evidence: Evidence, *, scale: bool = False) -> Evidence:
+    """Features of both domains, each centred on its own mean and, with `scale`, divided by its own deviation."""
+
+    def place(features: Tensor) -> Tensor:
+        features = features - features.mean(dim=0)
+        return features / features.std(dim=0).clamp_min(1e-6) if scale else features
+
+    return dataclasses.replace(evidence, features=place(evidence.features), synthetic=place(evidence.synthetic))
+
+
+def fewer_images(evidence: Evidence, count: int) -> Evidence:
+    """The first `count` synthetic images of every class."""
+    split = first_per_class(Split(evidence.synthetic, evidence.synthetic_labels), count)
+    return dataclasses.replace(evidence, synthetic=split.inputs, synthetic_labels=split.labels)
+
+
+def several_prototypes(evidence: Evidence, count: int) -> Tensor:
+    """The class of the nearest of `count` prototypes per class, which are found by k-means."""
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+
+    centres = []
+    for label in range(evidence.num_classes):
+        rows = evidence.synthetic[evidence.synthetic_labels == label].cpu().numpy()
+        means = KMeans(min(count, len(rows)), n_init=3, random_state=evidence.seed).fit(rows).cluster_centers_
+        centres.append(torch.from_numpy(np.resize(means, (count, means.shape[1]))).to(evidence.features))
+    prototypes = torch.cat(centres)  # (C * count, D)
+    unused_logits = torch.zeros(len(evidence.features), len(prototypes), device=evidence.features.device)
+    decision = refine_labels(evidence.features, unused_logits, prototypes, -1.0, weight=1.0)
+    return torch.as_tensor(decision.labels) // count
+
+
+def modality(evidence: Evidence, source: str) -> Tensor:
+    """The class of the nearest prototype: of the images, of the class names, or of both (the mean direction)."""
+    if evidence.text_prototypes is None:
+        raise InputError("study: expected an encoder that reads text for modality, such as encoder=glyph-clip")
+    images = class_prototypes(evidence.synthetic, evidence.synthetic_labels, evidence.num_classes, normalize=True)
+    choices = {"text": evidence.text_prototypes, "image": images, "both": images + evidence.text_prototypes}
+    decision = refine_labels(evidence.features, torch.zeros_like(evidence.logits), choices[source], -1.0, weight=1.0)
+    return decision.apply(evidence.given)
+
+
+def published_filter(evidence: Evidence, *, at_random: bool = False) -> Tensor:
+    """The paper's discard variant: the same number of images leaves every class of given labels.
+
+    First the images that the rule at 0.8 would relabel, in their order, then those with the lowest scores; with
+    `at_random` any.
+    """
+    prototypes = class_prototypes(evidence.synthetic, evidence.synthetic_labels, evidence.num_classes)
+    decision = refine_labels(evidence.features, evidence.logits, prototypes, PUBLISHED_FILTER["threshold"])
+    flagged = decision.apply(evidence.given) != evidence.given
+    rank = torch.as_tensor(decision.confidence).double() + 2  # after every flagged image, whose rank is below 1
+    rank[flagged] = torch.arange(len(rank), device=rank.device)[flagged] / len(rank)
+    if at_random:
+        rank = torch.rand(len(rank), generator=torch.Generator().manual_seed(evidence.seed)).to(rank)
+    labels = evidence.given.clone()
+    for label in range(evidence.num_classes):
+        rows = (evidence.given == label).nonzero()[:, 0]
+        labels[rows[rank[rows].argsort()[: int(PUBLISHED_FILTER["per_class"])]]] = DISCARDED
+    return labels
+
+
+SIMPLE = {"zero-shot": refiners.zero_shot, "paper": refiners.paper}
+STUDIES: dict[str, Study] = {
+    "threshold": [
+        Point("paper", value, partial(refiners.paper, threshold=value)) for value in (0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    ],
+    "weight": [
+        Point("paper, threshold 0", value, partial(refiners.paper, threshold=0.0, weight=value))
+        for value in (0, 0.25, 0.5, 0.75, 0.9, 1)
+    ],
+    "images": [
+        Point(name, count, lambda evidence, count=count, refine=refine: refine(fewer_images(evidence, count)))
+        for name, refine in {**SIMPLE, "anchored": refiners.anchored}.items()
+        for count in (1, 3, 10, 30, 100, 300, 480)
+    ],
+    "prototypes": [
+        Point("zero-shot", count, partial(several_prototypes, count=count)) for count in (1, 2, 4, 8, 16)
+    ],
+    "centring": [
+        Point(name, how, lambda evidence, refine=refine, place=place: refine(place(evidence)))
+        for name, refine in SIMPLE.items()
+        for how, place in (("none", lambda e: e), ("mean", centred), ("mean and deviation", partial(centred, scale=True)))
+    ],
+    "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
+    "discard": [
+        Point("standard", "all", lambda evidence: evidence.given),
+        Point("standard", "random discard", partial(published_filter, at_random=True)),
+        Point("standard", "published filter", published_filter),
+        Point("standard", "published filter + synthetic", published_filter, add_synthetic=True),
+        Point("standard", "relabel (paper)", refiners.paper),
+        Point("standard", "all + synthetic", lambda evidence: evidence.given, add_synthetic=True),
+    ],
+}
+TRAINED = {"discard"}
+"""Studies whose figure is the test accuracy of `standard` at the best epoch on noisy validation; else it is the noise."""
+
+
+def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any]) -> Record:
+    """Refine with one setting and, where the study asks for it, train."""
+    task, truth = refined.benchmark.task, refined.benchmark.true_labels
+    start = time.perf_counter()
+    labels = point.labels(refined.evidence)
+    entry: Record = {"series": point.series, "value": point.value, "refine_seconds": time.perf_counter() - start}
+    keep = labels != DISCARDED
+    entry["kept"] = int(keep.sum())
+    entry["labels"] = flows(task.train.labels[keep], labels[keep], None if truth is None else truth[keep])
+    if study in TRAINED:
+        inputs, labels = task.train.inputs[keep], labels[keep]
+        if point.add_synthetic:
+            inputs = torch.cat([inputs, task.synthetic.inputs])
+            labels = torch.cat([labels, task.synthetic.labels])
+        kept = dataclasses.replace(task, train=Split(inputs, labels))
+        options = config.get("methods", {}).get("standard") or {}
+        entry["test_accuracy"] = ADAPTERS["standard"](kept, labels, options, refined.given.seed).test_accuracy
+    return entry
+
+
+def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) -> Record:
+    """The record of one study on one set of given labels; read where it exists already."""
+    settings = {
+        "config": {key: value for key, value in config.items() if key not in ("noise", "seeds", "refiners")},
+        "files": dict(refined.given.files),
+        "points": [[point.series, point.value] for point in STUDIES[study]],
+    }
+    name = f"{study}_{refined.given.noise}_seed{refined.given.seed}_{digest(settings)}.json"
+    path = refined.given.folder / "ablation" / name
+    if path.exists():
+        return read_records([path])[0]
+    record: Record = {
+        "study": study,
+        "dataset": refined.benchmark.name,
+        "noise": refined.benchmark.noise_name,
+        "seed": refined.given.seed,
+        "settings": settings,
+        "environment": environment(torch.device(device)),
+        "points": [measure(study, point, refined, config) for point in STUDIES[study]],
+    }
+    write_record(path, record)
+    return record
+
+
+def figure_of(study: str, point: Mapping[str, Any]) -> float | None:
+    """What the study is about, as a fraction."""
+    if study in TRAINED:
+        accuracy: dict[str, float] = point["test_accuracy"]
+        return accuracy.get("best_noisy_validation", accuracy["last"])
+    noise: float | None = point["labels"]["noise_after"]
+    return noise
+
+
+def study_table(records: Sequence[Record]) -> str:
+    """One row per setting, one column per set of given labels; means over seeds, in percent."""
+    study = records[0]["study"]
+    noises = list(dict.fromkeys(record["noise"] for record in records))
+    what = "test accuracy" if study in TRAINED else "wrong labels"
+    rows = [["refiner", study, *(f"{what}, {noise}" for noise in noises)]]
+    for index, point in enumerate(records[0]["points"]):
+        row = [point["series"], str(point["value"])]
+        for noise in noises:
+            figures = [figure_of(study, one["points"][index]) for one in records if one["noise"] == noise]
+            known = [figure for figure in figures if figure is not None]
+            row.append(f"{np.mean(known):.1%}" if known else "unknown")
+        rows.append(row)
+    return markdown(rows)
+
+
+def picture(records: Sequence[Record], path: Path) -> None:
+    """The table as lines, or as bars where the knob has no scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    study = records[0]["study"]
+    fig, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for record in records:
+        series = list(dict.fromkeys(point["series"] for point in record["points"]))
+        for name in series:
+            points = [point for point in record["points"] if point["series"] == name]
+            values = [point["value"] for point in points]
+            label = f"{name}, {record['noise']}" + (f", seed {record['seed']}" if record["seed"] else "")
+            axes.plot(values, [figure_of(study, point) for point in points], marker="o", label=label)
+    if study in ("images", "prototypes"):
+        axes.set_xscale("log")
+    if any(isinstance(point["value"], str) for point in records[0]["points"]):
+        axes.tick_params(axis="x", rotation=20)
+    axes.set(xlabel=study, ylabel="test accuracy" if study in TRAINED else "wrong labels after refining")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    pyplot.close(fig)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the studies. Exit code 0 when all is done, 3 for bad input, 130 when stopped by Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="threshold", help=f"comma-separated: {', '.join(STUDIES)}")
+    add_common(parser)
+    options = parser.parse_args(arguments)
+    try:
+        studies = options.study.split(",")
+        for study in studies:
+            if study not in STUDIES:
+                raise InputError(f"study: expected one of {', '.join(STUDIES)}, got {study!r}")
+        config = resolve_config(options)
+        refined = [Refined(given, load(given, config, options), config) for given in given_labels(config, options)]
+        for study in studies:
+            records = [run(study, one, config, options.device) for one in refined]
+            path = refined[0].given.folder / "ablation" / f"{study}.png"
+            picture(records, path)
+            print(f"{study_table(records)}\n\n{path}\n")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
