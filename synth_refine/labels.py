@@ -6,10 +6,12 @@ Letters in shapes: N images, C classes.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,9 @@ def write_labels(path: str | os.PathLike[str], labels: Array, ids: Sequence[str]
         if len(names) != len(values):
             raise InputError(f"ids: expected {len(values)}, one per label, got {len(names)}")
         check_unique("ids", names)
-        write_csv(path, {"id": names, "label": values.tolist()})
+        data = csv_bytes({"id": names, "label": values.tolist()})
+        with write_atomic(path) as file:
+            file.write(data)
     else:
         raise InputError(f"path: expected a .npy or .csv file, got {path}")
 
@@ -144,6 +148,11 @@ def as_labels(name: str, labels: object, num_classes: int | None = None) -> NDAr
     return np.array(labels, dtype=np.int64)
 
 
+def labels_hash(labels: NDArray[np.integer[Any]]) -> str:
+    """The SHA-256, in hex, of labels as little-endian int64: the same for every type and file they came in."""
+    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+
 def _pair(
     name: str, labels: Array, true_labels: Array, num_classes: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -164,7 +173,7 @@ def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Read a .csv file into one list of cells per column, in the order of its rows.
 
     UTF-8 with or without a byte-order mark, with either line ending. A last line without a line ending is refused,
-    because a truncated file looks like that. An apostrophe that `write_csv` put before a formula is taken off.
+    because a truncated file looks like that. An apostrophe that `csv_bytes` put before a formula is taken off.
 
     Raises:
         InputError: The file is something else (the message says what), not UTF-8, truncated, or not a table.
@@ -190,29 +199,31 @@ def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
     return {column: [_unescape(row[place]) for row in rows[1:]] for place, column in enumerate(header)}
 
 
-def write_csv(path: str | os.PathLike[str], columns: dict[str, Sequence[object]]) -> None:
-    """Write columns of equal length as a .csv file that a spreadsheet runs nothing of, whole or not at all.
+def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:
+    """Columns of equal length as a .csv file that a spreadsheet runs nothing of; `read_csv` reads it back.
 
-    A text that begins with = + - @ (or with a tab, a carriage return or an apostrophe) gets an apostrophe before it.
+    A text that begins with = + - @ (or with a tab, a carriage return or an apostrophe) gets an apostrophe before it,
+    and NaN is an empty cell.
+
+    Raises:
+        InputError: A text that UTF-8 cannot write.
     """
     text = io.StringIO(newline="")
     # Every text is quoted: before Python 3.13 a lone carriage return would otherwise stand bare and split the row.
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writerow(columns)
-    table.writerows(
-        [_escape(cell) if isinstance(cell, str) else cell for cell in row]
-        for row in zip(*columns.values(), strict=True)
-    )
+    table.writerows([_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True))
     try:
-        data = text.getvalue().encode()
+        return text.getvalue().encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{path}: expected text that UTF-8 can write, got {error.object[error.start]!r}") from error
-    with write_atomic(path) as file:
-        file.write(data)
+        shown = error.object[error.start]
+        raise InputError(f"ids: expected text that UTF-8 can write, got the character {shown!r}") from error
 
 
-def _escape(cell: str) -> str:
-    return f"'{cell}" if cell.startswith((*FORMULA, "'")) else cell
+def _cell(value: object) -> object:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith((*FORMULA, "'")) else value
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _unescape(cell: str) -> str:
