@@ -300,10 +300,8 @@ def _known(value: Any, name: str, dataset: Any) -> NDArray[np.int64] | None:
         keys = _keys(value, dataset)
         return _known([value.get(key) for key in keys], name, dataset)
     if isinstance(value, np.ndarray | Tensor):
-        kind = (
-            "i" if isinstance(value, Tensor) and is_integer(value.new_zeros(())) else getattr(value.dtype, "kind", "f")
-        )
-        return as_labels(name, value) if value.ndim == 1 and kind in "iu" else None
+        scalar = np.zeros((), value.dtype) if isinstance(value, np.ndarray) else value.new_zeros(())
+        return as_labels(name, value) if value.ndim == 1 and is_integer(scalar) else None
     if not isinstance(value, list | tuple):
         return None
     if name == "samples":

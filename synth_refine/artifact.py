@@ -222,15 +222,10 @@ def record(
 
 def versions() -> dict[str, str]:
     """The versions of Python, of this package and of the libraries that numbers depend on."""
-    names = ("synth-refine", "numpy", "torch")
-    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+    from synth_refine import __version__  # the package imports its modules first
 
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    others = {name: metadata.version(name) for name in ("numpy", "torch")}
+    return {"python": platform.python_version(), "synth-refine": __version__, **others}
 
 
 def write_artifact(folder: str | os.PathLike[str], artifact: Artifact) -> None:

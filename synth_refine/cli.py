@@ -6,28 +6,36 @@ Exit codes: 0 fine, 1 a problem was found, 2 the command was called wrongly, 3 a
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine._check import InputError, check_array
 from synth_refine.artifact import (
+    Artifact,
     Damaged,
     WrongBase,
     WrongIds,
     read_artifact,
     record,
+    versions,
     write_artifact,
 )
-from synth_refine.export import FORMATS
+from synth_refine.export import FORMATS, export
 from synth_refine.files import file_hash, read_npy
-from synth_refine.labels import read_labels_and_ids
+from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
 
-FINE, PROBLEM, USAGE, BAD_INPUT = 0, 1, 2, 3
+FINE, PROBLEM, BAD_INPUT = 0, 1, 3
 
 REFINE = """example:
   synth-refine refine --features features.npy --logits logits.npy --prototypes prototypes.npy \\
@@ -61,9 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
-    except (Damaged, WrongBase, WrongIds) as error:
-        _say(f"synth-refine: {error}")
-        return PROBLEM
     except (InputError, OSError) as error:
         _say(f"synth-refine: {error}")
         return BAD_INPUT
@@ -97,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("--logits", required=True, metavar="NPY", help="outputs of a classifier, (N, C) floats")
     refine.add_argument("--prototypes", required=True, metavar="NPY", help="mean synthetic features, (C, D) floats")
     _labels_option(refine, "--given", "the labels as given")
-    refine.add_argument("--threshold", type=float, required=True, help="smallest score that replaces a label")
+    refine.add_argument("--threshold", type=_finite, required=True, help="smallest score that replaces a label")
     refine.add_argument("--weight", type=float, default=0.5, help="weight of the similarity, 0 to 1 (%(default)s)")
     refine.add_argument("--strict", action="store_true", help="refuse images that cannot be scored")
     refine.add_argument("--encoder", default="", help="name and revision, or hash, of the encoder; goes on record")
@@ -142,52 +147,149 @@ def _labels_option(parser: argparse.ArgumentParser, name: str, text: str) -> Non
     parser.add_argument("--key", help="the entry, for a .pt file")
 
 
+def _finite(text: str) -> float:
+    """A number for argparse; its own message covers the rest."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
 def _refine(options: argparse.Namespace) -> int:
-    features, logits, prototypes = (
-        read_npy(name, getattr(options, name), "f") for name in ("features", "logits", "prototypes")
-    )
+    inputs = ("features", "logits", "prototypes")
+    features, logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in inputs)
     given, ids = read_labels_and_ids(options.given, key=options.key)
-    check_array("logits", logits, (features.shape[0] if features.ndim else "N", "C"))
+    check_array("logits", logits, ("N", "C"))
     check_array("given", given, (len(logits),))
     decision = refine_labels(
         features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
     )
+    undecided = np.asarray(decision.labels) < 0
     artifact = record(
-        given,
+        given.astype(_dtype(options.given)),
         decision.apply(given),
         num_classes=logits.shape[1],
         ids=ids,
-        abstained=np.asarray(decision.labels) < 0,
+        abstained=undecided,
         confidence=decision.confidence,
-        reason=np.where(np.asarray(decision.labels) < 0, "cannot be scored", "score reaches the threshold"),
-        inputs={
-            **{name: file_hash(getattr(options, name)) for name in ("features", "logits", "prototypes", "given")},
-            "encoder": options.encoder,
-        },
+        reason=np.where(undecided, "cannot be scored", "score reaches the threshold"),
+        inputs={name: file_hash(getattr(options, name)) for name in (*inputs, "given")} | {"encoder": options.encoder},
         settings={"refiner": "paper", "threshold": options.threshold, "weight": options.weight},
     )
+    lost = np.setdiff1d(artifact.given, artifact.labels)
+    if lost.size:
+        _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
     if not options.dry_run:
         write_artifact(options.out, artifact)
-    _summary(artifact, None if options.dry_run else options.out)
+    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
 
 
 def _apply(options: argparse.Namespace) -> int:
     artifact = read_artifact(options.artifact)
     given, ids = read_labels_and_ids(options.given, key=options.key)
-    labels = artifact.apply(given, ids if artifact.ids is not None else None)
-    return _write(options, labels, ids)
+    return _write(options, artifact, artifact.apply(given, ids), ids)
 
 
 def _revert(options: argparse.Namespace) -> int:
     artifact = read_artifact(options.artifact)
     labels, ids = read_labels_and_ids(options.labels, key=options.key)
-    return _write(options, artifact.revert(labels, ids if artifact.ids is not None else None), ids)
+    return _write(options, artifact, artifact.revert(labels, ids), ids)
 
 
-def _write(options: argparse.Namespace, labels: NDArray[np.integer], ids: list[str] | None) -> int:  # type: ignore[type-arg]
-    raise NotImplementedError
+def _write(
+    options: argparse.Namespace, artifact: Artifact, labels: NDArray[np.integer[Any]], ids: list[str] | None
+) -> int:
+    names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
+    if not options.dry_run:
+        write_labels(options.out, labels, names, dtype=labels.dtype)
+    _show({"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
+    return FINE
 
 
 def _diff(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    if options.second is None:
+        artifact = read_artifact(options.first)
+        sys.stdout.write(csv_bytes(artifact.table()).decode())
+        pairs = zip(artifact.given[artifact.changed].tolist(), artifact.labels[artifact.changed].tolist(), strict=True)
+        for (old, new), count in Counter(pairs).most_common(10):
+            _say(f"{old} -> {new}: {count}")
+        return FINE
+    (before, ids), (after, other) = _load(options.first), _load(options.second)
+    if ids is not None and other is not None:
+        place = {one: row for row, one in enumerate(other)}
+        if set(place) != set(ids):
+            raise InputError(f"{options.second}: expected the ids of {options.first}, got others")
+        after = after[[place[one] for one in ids]]
+    check_array(options.second, after, before.shape)
+    rows = np.flatnonzero(before != after)
+    names = ids or other or range(len(before))
+    table = {"id": [names[row] for row in rows], "old": before[rows].tolist(), "new": after[rows].tolist()}
+    sys.stdout.write(csv_bytes(table).decode())
+    _say(f"{len(rows)} of {len(before)} labels differ")
+    return PROBLEM if len(rows) else FINE
+
+
+def _export(options: argparse.Namespace) -> int:
+    artifact = read_artifact(options.labels) if Path(options.labels).is_dir() else None
+    labels, ids = (artifact, artifact.ids) if artifact is not None else _load(options.labels)
+    done = export(
+        labels,
+        options.format,
+        options.out,
+        ids=ids,
+        fill=read_labels(options.fill) if options.fill else "truncate" if options.truncate else "error",
+        clean_label=read_labels(options.clean_label, key="clean_label") if options.clean_label else None,
+        key=options.entry,
+        dry_run=options.dry_run,
+    )
+    _say(done.note)
+    _show({"labels": str(done.path), "written": not options.dry_run, "count": done.count})
+    return FINE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    try:
+        artifact = read_artifact(options.artifact)
+        if options.labels:
+            labels, ids = read_labels_and_ids(options.labels, key=options.key)
+            artifact.revert(labels, ids)
+    except (Damaged, WrongBase, WrongIds) as error:
+        _say(f"synth-refine: {error}")
+        return PROBLEM
+    _show({"artifact": options.artifact, **_counts(artifact)})
+    return FINE
+
+
+def _env(options: argparse.Namespace) -> int:
+    _show({**versions(), "platform": platform.platform()})
+    return FINE
+
+
+def _load(path: str) -> tuple[NDArray[np.int64], list[str] | None]:
+    """The labels, and the ids if there are some, of a label file or of an artifact."""
+    if not Path(path).is_dir():
+        return read_labels_and_ids(path)
+    artifact = read_artifact(path)
+    return artifact.labels, artifact.ids
+
+
+def _dtype(path: str) -> np.dtype[Any]:
+    """The integer type of given labels, so that reverting restores it too."""
+    return read_npy("given", path, "iu").dtype if Path(path).suffix.lower() == ".npy" else np.dtype(np.int64)
+
+
+def _counts(artifact: Artifact) -> dict[str, int]:
+    undecided = int((artifact.action == "abstain").sum())
+    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": undecided}
+
+
+def _show(result: Mapping[str, object]) -> None:
+    print(json.dumps(result))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -249,9 +249,7 @@ def _rows(places: Places, labels: Any, ids: Any, fill: str) -> NDArray[np.int64]
     own: list[Any] = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
     if len(own) != count:
         raise WrongIds(f"ids: expected {count}, one per label, got {len(own)}")
-    if len({isinstance(one, str) for one in own}) > 1 or not all(
-        isinstance(one, str) or is_integer(one) for one in own
-    ):
+    if not (all(isinstance(one, str) for one in own) or all(map(is_integer, own))):
         raise WrongIds("ids: expected whole numbers or texts")
     if len(set(own)) != count:
         check_unique("ids", [str(one) for one in own])
@@ -291,10 +289,11 @@ def _check_base(
         return
     differ = np.flatnonzero((rows >= 0) & (before != given[rows]))
     if differ.size:
+        first = differ[0]
         raise WrongBase(
             f"dataset: expected the labels that were refined, got others: {differ.size} of {len(before)} differ, first "
-            f"item {differ[0]} with {before[differ[0]]} for {given[rows[differ[0]]]}; is the order another, or does the "
-            "dataset add noise?"
+            f"item {first} with {before[first]} for {given[rows[first]]}; is the order another, or does the dataset "
+            "add noise?"
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from synth_refine._check import Array, InputError, check_array, check_labels
@@ -75,13 +75,20 @@ def read_labels_and_ids(
     return values.astype(np.int64), None
 
 
-def write_labels(path: str | os.PathLike[str], labels: Array, ids: Sequence[str] | Sequence[int] | None = None) -> None:
+def write_labels(
+    path: str | os.PathLike[str],
+    labels: Array,
+    ids: Sequence[str] | Sequence[int] | None = None,
+    *,
+    dtype: DTypeLike = np.int64,
+) -> None:
     """Write labels whole or not at all; what is written is read back equal by `read_labels`.
 
     Args:
-        path: A .npy file (int64) or a .csv file with the columns `id` and `label`.
+        path: A .npy file or a .csv file with the columns `id` and `label`.
         labels: Labels, (N,) integers in [0, 2**31).
         ids: One id per label, unique, for .csv only; the row numbers by default.
+        dtype: The integer type in a .npy file; almost every codebase expects the default.
 
     Raises:
         InputError: Another kind of file, labels of the wrong shape, type or range, or ids that do not fit.
@@ -92,7 +99,7 @@ def write_labels(path: str | os.PathLike[str], labels: Array, ids: Sequence[str]
         if ids is not None:
             raise InputError("ids: a .npy file has no place for them, expected None; write a .csv file")
         with write_atomic(path) as file:
-            np.save(file, values, allow_pickle=False)
+            np.save(file, values.astype(dtype), allow_pickle=False)
     elif suffix == ".csv":
         names = [str(one) for one in (range(len(values)) if ids is None else ids)]
         if len(names) != len(values):
