@@ -141,7 +141,7 @@ class ColumnStore:
         found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
         found = found or [name for name in ITEM_KEYS if name in features]
         if len(found) != 1:
-            raise InputError(f"dataset: expected one column of labels, got {', '.join(found) or list(features)}")
+            raise InputError(f"dataset: expected one column of labels, got {', '.join(found or features)}")
         return str(found[0])
 
     def get_labels(self) -> NDArray[np.int64]:
