@@ -7,10 +7,11 @@ or features of a frozen encoder, (N, D) float32; the methods are the same, only 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,10 @@ class Split:
 
     inputs: Tensor  # (N, 3, H, W) uint8 or (N, D) float32
     labels: Tensor  # (N,) int64
+
+    def to(self, device: torch.device) -> Split:
+        """The same rows on another device."""
+        return Split(self.inputs.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,20 @@ class Task:
     def is_pixels(self) -> bool:
         """Whether the inputs are images; otherwise they are features."""
         return self.train.inputs.ndim == 4
+
+    def to(self, device: torch.device) -> Task:
+        """The same task on another device; inputs that two splits share are still shared."""
+        clean = self.clean_validation
+        noisy = self.noisy_validation.to(device)
+        shared = clean.inputs.data_ptr() == self.noisy_validation.inputs.data_ptr()
+        return replace(
+            self,
+            train=self.train.to(device),
+            synthetic=self.synthetic.to(device),
+            noisy_validation=noisy,
+            clean_validation=Split(noisy.inputs, clean.labels.to(device)) if shared else clean.to(device),
+            test=self.test.to(device),
+        )
 
 
 @dataclass(frozen=True)

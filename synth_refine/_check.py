@@ -52,8 +52,7 @@ def check_labels(name: str, value: Array, num_classes: int | None = None) -> Non
     if num_classes is None or value.shape[0] == 0:
         return
     outside = (value < 0) | (value >= num_classes)
-    if bool(outside.any()):
-        rows = [int(row) for row in outside.nonzero()[0][:5]] if isinstance(value, np.ndarray) else None
-        rows = rows if rows is not None else [int(row) for row in outside.nonzero()[:5, 0]]
-        shown = ", ".join(f"{int(value[row])} in row {row}" for row in rows)
+    rows = np.flatnonzero(outside.cpu() if isinstance(outside, Tensor) else outside)
+    if len(rows):
+        shown = ", ".join(f"{int(value[int(row)])} in row {row}" for row in rows[:5])
         raise InputError(f"{name}: expected classes 0 to {num_classes - 1}, got {shown}")

@@ -43,7 +43,7 @@ def class_prototypes(
     check_labels("labels", labels)
     check_array("labels", labels, (features.shape[0],))
     if num_classes is None:
-        num_classes = int(labels.max()) + 1 if labels.shape[0] else 0
+        num_classes = max(int(labels.max()) + 1, 1) if labels.shape[0] else 0
     check_labels("labels", labels, num_classes)
 
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")

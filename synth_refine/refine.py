@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from synth_refine._check import Array, InputError, check_array, check_floating, 
 
 ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 21
 """Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache."""
 
 
@@ -60,15 +60,16 @@ class Refinement:
         """
         check_labels("given", given)
         check_array("given", given, tuple(self.labels.shape))
-        if type(given) is not type(self.labels):
-            kinds = [type(value).__name__ for value in (self.labels, given)]
-            raise InputError(f"given: expected {kinds[0]} like the refinement, got {kinds[1]}")
+        if isinstance(given, Tensor) != isinstance(self.labels, Tensor):
+            kinds = ("torch tensor", "NumPy array")
+            wanted, found = kinds if isinstance(self.labels, Tensor) else kinds[::-1]
+            raise InputError(f"given: expected a {wanted} like the refinement, got a {found}")
         keep = ~self.accepted
         rows, classes = self.ties[:, 0], self.ties[:, 1]
         keep[rows[given[rows] == classes]] = True  # the given label is one of the best: nothing to correct
         if isinstance(given, Tensor):
-            return torch.where(keep, given, cast(Tensor, self.labels).to(given.dtype))
-        return np.where(keep, given, cast("NDArray[np.int64]", self.labels).astype(given.dtype))
+            return torch.where(torch.as_tensor(keep), given, torch.as_tensor(self.labels).to(given.dtype))
+        return np.where(keep, given, np.asarray(self.labels).astype(given.dtype))
 
 
 def refine_labels(
@@ -129,26 +130,24 @@ def refine_labels(
 
     labels = torch.empty(num_images, dtype=torch.int64, device=device)
     confidence = torch.empty(num_images, dtype=dtype, device=device)
-    ties: list[Tensor] = []
+    ties = [torch.empty((0, 2), dtype=torch.int64, device=device)]
     step = max(64, CHUNK_ELEMENTS // num_classes)
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
-            chunk = _tensor(features[rows], dtype, device)
-            scores = _tensor(logits[rows], dtype, device).softmax(dim=1)
+            chunk, outputs = _tensor(features[rows], dtype, device), _tensor(logits[rows], dtype, device)
             lengths = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-            scores = torch.addmm(scores, chunk / lengths, directions, beta=1 - weight)  # (n, C)
-            best, winner = scores.max(dim=1)
-            # A non-finite input, and a length of zero, has made the whole row NaN.
-            labels[rows] = torch.where(best.isnan(), -1, winner)
-            confidence[rows] = best
-            equal = scores == best[:, None]
-            several = equal.sum(dim=1) > 1
-            if several.any():
-                where = (equal & several[:, None]).nonzero()
-                winner_first = where[:, 0].unique(return_inverse=False)
-                labels[start + winner_first] = equal[winner_first].int().argmax(dim=1)
-                ties.append(where + torch.tensor([start, 0], device=device))
+            # Scores times the length of the feature: scaling the softmax up is cheaper than scaling the features down.
+            scores = outputs.softmax(dim=1).mul_((1 - weight) * lengths).addmm_(chunk, directions)  # (n, C)
+            (best, *second), (winner, *_) = (part.unbind(dim=1) for part in scores.topk(min(2, num_classes), dim=1))
+            if second and bool((tied := best == second[0]).any()):
+                at_best = (scores == best[:, None]) & tied[:, None]
+                winner = torch.where(tied, at_best.int().argmax(dim=1), winner)
+                ties.append(at_best.nonzero() + torch.tensor([start, 0], device=device))
+            finite = lengths[:, 0].isfinite() & outputs.amax(dim=1).isfinite() & outputs.amin(dim=1).isfinite()
+            scored = finite & (lengths[:, 0] > 0)
+            labels[rows] = winner.masked_fill(~scored, -1)
+            confidence[rows] = (best / lengths[:, 0]).masked_fill(~scored, torch.nan)
     if strict and bool((labels < 0).any()):
         first = int((labels < 0).nonzero()[0, 0])
         raise InputError(
@@ -156,8 +155,7 @@ def refine_labels(
             f"got {int((labels < 0).sum())} such rows, the first is row {first}"
         )
     accepted = (labels >= 0) & (confidence >= limits[labels.clamp(min=0)])
-    tied = torch.cat(ties) if ties else torch.empty((0, 2), dtype=torch.int64, device=device)
-    parts = (labels, confidence, accepted, tied)
+    parts = (labels, confidence, accepted, torch.cat(ties))
     return Refinement(*(parts if isinstance(features, Tensor) else (part.numpy() for part in parts)))
 
 

@@ -1,0 +1,214 @@
+"""LRA-diffusion behind one call, on the features of a CLIP ("lra-clip") or of a SimCLR encoder ("lra-simclr")."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.base import Outcome, Split, Task
+from adapters.network import NetworkOptions, build_network, named_accuracies, resolve
+from synth_refine import InputError
+from synth_refine.encode import Encoder, embed_cached, images_hash, module_encoder, open_clip_encoder
+from synth_refine.files import read_npy, write_atomic
+from third_party import lra_diffusion, simclr
+from third_party.loop import seeded
+from third_party.lra_diffusion import Config, LabelDiffusion, Predict, nearest
+from third_party.resnet import Classifier, input_statistics
+
+GLYPH_CLIP = Path(__file__).resolve().parents[1] / "benchmarks" / "glyph_clip"
+"""The project's own CLIP, for the digits."""
+
+
+@dataclass(frozen=True)
+class Options(Config):
+    """The recipe, and where the frozen features come from."""
+
+    preset: str = "paper"  # what the recipe's settings are unless they are given: "paper" or "released"
+    width: int = 512  # of the denoiser and of the image embedding
+    cache: str = ""  # folder for features, neighbours and trained encoders; "" is beside the checkpoint
+
+
+@dataclass(frozen=True)
+class ClipOptions(Options):
+    """For pixels: which CLIP; a task of features brings its own."""
+
+    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14
+    weights: str = ""  # its tag, such as openai, or a file
+
+
+@dataclass(frozen=True)
+class SimclrOptions(Options):
+    """Which SimCLR encoder."""
+
+    weights: str = ""  # a safetensors file; "" trains one on the task's images
+    simclr: dict[str, Any] = field(default_factory=dict)  # settings of third_party.simclr.Config that differ
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def run_clip(
+    task: Task, labels: Tensor, options: Mapping[str, Any], seed: int, checkpoint: Path | None = None
+) -> Outcome:
+    """Train LRA-diffusion on the features of a CLIP, or on the task's own where it has features instead of pixels.
+
+    The options are those of `ClipOptions` and of the image encoder's network.
+    """
+    config, network = _resolve("lra-clip", ClipOptions, options)
+    image_encoder = _image_encoder(task, config, network, seed)
+    encoder: Encoder | None = None
+    if task.is_pixels:
+        model = str(GLYPH_CLIP) if config.encoder == "glyph-clip" else config.encoder
+        with seeded(torch.device("cpu"), seed):  # a model is built with random weights before its own are loaded
+            encoder = open_clip_encoder(model, config.weights or None, device=task.train.inputs.device)
+    return _run(task, labels, config, network, image_encoder, encoder, seed, checkpoint)
+
+
+def run_simclr(
+    task: Task, labels: Tensor, options: Mapping[str, Any], seed: int, checkpoint: Path | None = None
+) -> Outcome:
+    """Train LRA-diffusion on the features of a SimCLR encoder, which is trained first if no weights are given.
+
+    The options are those of `SimclrOptions` and of the image encoder's network.
+
+    Raises:
+        InputError: The task has no pixels.
+    """
+    config, network = _resolve("lra-simclr", SimclrOptions, options)
+    if not task.is_pixels:
+        raise InputError("lra-simclr: expected pixels, got features, from which no SimCLR encoder can be trained")
+    image_encoder = _image_encoder(task, config, network, seed)
+    recipe, _ = resolve("lra-simclr: simclr", simclr.Config(), config.simclr)
+    images = task.train.inputs
+    with seeded(torch.device("cpu"), seed, 0):
+        mean, std = (values.tolist() for values in input_statistics(images))
+        model = simclr.build(recipe, mean, [value or 1.0 for value in std]).to(images.device)
+    weights = (
+        Path(config.weights) if config.weights else _trained(model, images, recipe, seed, _cache(config, checkpoint))
+    )
+    encoder = module_encoder("simclr", model.encoder, weights, normalise=True)
+    return _run(task, labels, config, network, image_encoder, encoder, seed, checkpoint)
+
+
+def _trained(model: simclr.SimCLR, images: Tensor, recipe: simclr.Config, seed: int, cache: Path | None) -> Path | None:
+    """Train the model, unless the cache has the weights that would come out; their file, if there is a cache."""
+    if cache is None:
+        simclr.train(model, images, recipe, seed=seed)
+        return None
+    about = f"{images_hash(images)} {recipe} {seed}"
+    weights = cache / f"simclr-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
+    if not weights.exists():
+        partial = weights.with_suffix(".checkpoint")
+        simclr.train(model, images, recipe, seed=seed, checkpoint=partial)
+        simclr.export(model, weights)
+        partial.unlink()
+    return weights
+
+
+def _resolve(method: str, kind: type[OptionsT], options: Mapping[str, Any]) -> tuple[OptionsT, NetworkOptions]:
+    """The options over the defaults of the preset that they name.
+
+    Raises:
+        TypeError: An unknown option, or one of the wrong type.
+        InputError: An unknown preset.
+    """
+    preset = options.get("preset", "paper")
+    if preset not in lra_diffusion.PRESETS:
+        raise InputError(f"preset: expected {' or '.join(lra_diffusion.PRESETS)}, got {preset!r}")
+    return resolve(method, kind(**dataclasses.asdict(lra_diffusion.PRESETS[preset])), options)
+
+
+def _image_encoder(task: Task, config: Options, network: NetworkOptions, seed: int) -> Classifier:
+    """The classifier of the other methods, its last layer as wide as the denoiser."""
+    return build_network(dataclasses.replace(task, num_classes=config.width), network, seed)
+
+
+def _cache(config: Options, checkpoint: Path | None) -> Path | None:
+    if config.cache:
+        return Path(config.cache)
+    return None if checkpoint is None else checkpoint.parent / "encoded"
+
+
+def _run(
+    task: Task,
+    labels: Tensor,
+    config: Options,
+    network: NetworkOptions,
+    image_encoder: Classifier,
+    encoder: Encoder | None,
+    seed: int,
+    checkpoint: Path | None,
+) -> Outcome:
+    if labels.ndim != 1:
+        raise InputError(f"labels: LRA-diffusion draws among classes, expected (N,) int64, got {tuple(labels.shape)}")
+
+    cache = _cache(config, checkpoint)
+
+    def frozen(split: Split) -> Tensor:
+        if encoder is None or len(split.inputs) == 0:
+            return split.inputs.float()
+        return encoder.embed(split.inputs) if cache is None else embed_cached(encoder, split.inputs, cache)
+
+    features = frozen(task.train)
+    neighbours = _neighbours(features, config, cache)
+    with seeded(torch.device("cpu"), seed, 0, 2):
+        model = LabelDiffusion(image_encoder.cpu(), task.num_classes, features.shape[1], config.width)
+    measured = {
+        name: (split, frozen(split))
+        for name, split in (
+            ("noisy_validation", task.noisy_validation),
+            ("clean_validation", task.clean_validation),
+            ("test", task.test),
+        )
+        if len(split.labels)
+    }
+
+    def measure(predict: Predict) -> dict[str, float]:
+        predicted: dict[int, Tensor] = {}  # both validation sets are the same images: one pass for two figures
+        figures = {}
+        for name, (split, split_features) in measured.items():
+            place = split.inputs.data_ptr()
+            if place not in predicted:
+                predicted[place] = predict(split.inputs, split_features)
+            figures[name] = (predicted[place] == split.labels).double().mean().item()
+        return figures
+
+    result = lra_diffusion.train(
+        model.to(task.train.inputs.device),
+        task.train.inputs,
+        features,
+        labels,
+        Config(**{setting.name: getattr(config, setting.name) for setting in dataclasses.fields(Config)}),
+        measure=measure,
+        seed=seed,
+        neighbours=neighbours,
+        checkpoint=checkpoint,
+    )
+    settings = dataclasses.asdict(config) | dataclasses.asdict(network)
+    settings["frozen_encoder"] = "features of the task" if encoder is None else encoder.id
+    epochs = [entry for entry in result.history if "test" in entry]
+    return Outcome(named_accuracies(epochs), labels.clone(), result.history, settings)
+
+
+def _neighbours(features: Tensor, config: Config, cache: Path | None) -> Tensor:
+    """Neighbours from the cache where they lie; they depend on the features alone, never on labels."""
+    path = None
+    if cache is not None:
+        key = f"{images_hash(features)} {config.neighbours} {config.exclude_self}"
+        path = cache / f"neighbours-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        if path.exists():
+            return torch.from_numpy(np.array(read_npy("neighbours", path, "i"))).to(features.device)
+    found = nearest(features, config.neighbours, exclude_self=config.exclude_self)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomic(path) as file:
+            np.save(file, found.cpu().numpy(), allow_pickle=False)
+    return found

@@ -1,0 +1,144 @@
+"""Speed as ratios within one run: python benchmarks/speed.py refine.
+
+Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
+in the same process, and the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.records import digest, environment, write_record
+from synth_refine import refine_labels
+
+SIZES = [(45_000, 512, 10), (200_000, 768, 1000)]  # images, features, classes
+LOOP_ROWS = 2_000  # images of the per-image loop; its time is scaled to all images
+
+
+def published_way(features: Tensor, logits: Tensor, prototypes: Tensor, threshold: float) -> list[int]:
+    """The paper's rule one image and one class at a time, as the published script works."""
+    labels = []
+    for feature, output in zip(features, logits, strict=True):
+        probabilities = F.softmax(output[None], dim=1)[0]
+        scores = []
+        for index, prototype in enumerate(prototypes):
+            cosine = F.cosine_similarity(feature[None], prototype[None])
+            scores.append(0.5 * cosine.item() + 0.5 * probabilities[index].item())
+        best = max(range(len(scores)), key=scores.__getitem__)
+        labels.append(best if scores[best] >= threshold else -1)
+    return labels
+
+
+def floor(features: Tensor, logits: Tensor, prototypes: Tensor) -> None:
+    """The arithmetic that nobody can avoid: the matrix product and the softmax, each on the whole arrays."""
+    _ = features @ prototypes.T
+    _ = logits.softmax(dim=1)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def extra_memory(function: Callable[[], object]) -> int:
+    """Peak of resident memory during one call above what was resident before it, in bytes, sampled each millisecond."""
+    before, peak, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, peak - before)
+
+
+def refine(rounds: int = 5) -> list[dict[str, Any]]:
+    """refine_labels against its own matrix product plus softmax, and against the per-image loop."""
+    rows = []
+    for num_images, num_features, num_classes in SIZES:
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(num_images, num_features, generator=generator)
+        logits = torch.randn(num_images, num_classes, generator=generator)
+        prototypes = torch.randn(num_classes, num_features, generator=generator)
+
+        def ours(arrays: tuple[Tensor, Tensor, Tensor] = (features, logits, prototypes)) -> object:
+            return refine_labels(*arrays, 0.6)
+
+        def bare(arrays: tuple[Tensor, Tensor, Tensor] = (features, logits, prototypes)) -> None:
+            floor(*arrays)
+
+        memory = extra_memory(ours)
+        bare()
+        times = [(seconds(ours), seconds(bare)) for _ in range(rounds)]
+        loop_rows = min(LOOP_ROWS, 200_000 // num_classes)
+
+        def loop(
+            arrays: tuple[Tensor, Tensor, Tensor] = (features[:loop_rows], logits[:loop_rows], prototypes),
+        ) -> object:
+            return published_way(*arrays, 0.6)
+
+        loop_seconds = seconds(loop) * num_images / loop_rows
+        our_seconds = statistics.median(time for time, _ in times)
+        rows.append(
+            {
+                "images": num_images,
+                "features": num_features,
+                "classes": num_classes,
+                "seconds": our_seconds,
+                "times_matmul_and_softmax": statistics.median(a / b for a, b in times),
+                "loop_seconds": loop_seconds,
+                "times_faster_than_loop": loop_seconds / our_seconds,
+                "extra_megabytes": memory / 1e6,
+            }
+        )
+    return rows
+
+
+BENCHMARKS = {"refine": refine}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time one thing and write a record of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=sorted(BENCHMARKS))
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the record (%(default)s)")
+    options = parser.parse_args(arguments)
+    rows = BENCHMARKS[options.what]()
+    record = {"benchmark": options.what, "environment": environment(), "rows": rows}
+    write_record(options.out / f"{options.what}_{digest(record)}.json", record)
+    print(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,462 @@
+"""Frozen encoders behind one protocol, and their features on disk.
+
+An encoder maps images to features and has an `id` that changes with its weights and its preprocessing. `embed_cached`
+keeps features under that id and the hash of the images, so that what is read is never stale, and goes on where an
+interrupted run stopped. Weights from files are read without unpickling: safetensors, or torch's weights-only reader.
+
+Letters in shapes: N images, H x W pixels, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from synth_refine._check import InputError, check_array
+from synth_refine.files import file_hash, open_plain, read_npy, what_is, write_atomic
+
+TEMPLATES = ("A photo of {}.", "a photo of a {}.", "a picture of a {}.", "a blurry photo of a {}.")
+"""Prompts that text prototypes are averaged over; {} is the class name."""
+
+SHARD_ROWS = 4096
+
+
+class Encoder(Protocol):
+    """Anything that turns images into features."""
+
+    @property
+    def id(self) -> str:
+        """Changes whenever the weights or the preprocessing do."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features, (N, D) float32, of images, (N, 3, H, W) uint8."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens to uint8 images before the network sees them.
+
+    Attributes:
+        size: Height and width that the network wants; None leaves the images as they are.
+        crop: Keep the proportions, shrinking the shorter side to `size` and cutting the centre out; False squeezes.
+        mean: Of each channel, for pixels in [0, 1].
+        std: Likewise.
+        interpolation: "bicubic" or "bilinear", antialiased.
+    """
+
+    size: tuple[int, int] | None = None
+    crop: bool = True
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    interpolation: str = "bicubic"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map (N, 3, H, W) uint8 to (N, 3, *size) float32.
+
+        Example:
+            >>> Preprocess(size=(2, 2))(torch.full((1, 3, 4, 8), 255, dtype=torch.uint8))[0, 0]
+            tensor([[1., 1.],
+                    [1., 1.]])
+        """
+        pixels = images.float() / 255
+        if self.size is not None and self.size != tuple(pixels.shape[2:]):
+            height, width = self.size
+            if self.crop:
+                scale = max(height / pixels.shape[2], width / pixels.shape[3])
+                target = (max(height, round(pixels.shape[2] * scale)), max(width, round(pixels.shape[3] * scale)))
+            else:
+                target = self.size
+            pixels = F.interpolate(pixels, target, mode=self.interpolation, antialias=True, align_corners=False)
+            top, left = (target[0] - height) // 2, (target[1] - width) // 2
+            pixels = pixels[:, :, top : top + height, left : left + width].clamp(0, 1)
+        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+class TorchEncoder:
+    """A network in evaluation mode behind the protocol.
+
+    Args:
+        name: For messages and progress; part of the id.
+        module: Called on preprocessed images unless it has a method `features` or `encode_image`, which comes first.
+        preprocess: What the module expects; None hands it the uint8 images, for networks that normalise themselves.
+        normalise: Scale every feature vector to unit length.
+        batch_size: Images per forward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        preprocess: Preprocess | None,
+        *,
+        normalise: bool = False,
+        batch_size: int = 256,
+    ) -> None:
+        self.name, self.module, self.preprocess = name, module.eval().requires_grad_(False), preprocess
+        self.normalise, self.batch_size = normalise, batch_size
+        self._forward: Any = getattr(module, "encode_image", None) or getattr(module, "features", None) or module
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the name, the preprocessing and every weight."""
+        preprocess = None if self.preprocess is None else asdict(self.preprocess)
+        about = [self.name, type(self.module).__name__, preprocess, self.normalise]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for name, value in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Features, batch by batch.
+
+        Args:
+            images: (N, 3, H, W) uint8, on any device.
+
+        Returns:
+            (N, D) float32, on the device of `images`.
+
+        Raises:
+            InputError: Not such images, or features that are no finite (N, D).
+        """
+        check_images(images)
+        if len(images) == 0:
+            raise InputError("images: expected at least one, got none")
+        state = [*self.module.parameters(), *self.module.buffers()]
+        device = state[0].device if state else images.device
+        parts = []
+        for batch in tqdm(images.split(self.batch_size), self.name, disable=None, leave=False):
+            pixels = batch.to(device)
+            features = self._forward(pixels if self.preprocess is None else self.preprocess(pixels)).float()
+            if features.ndim != 2 or not bool(features.isfinite().all()):
+                what = "NaN or infinity" if features.ndim == 2 else f"shape {tuple(features.shape)}"
+                raise InputError(f"encoder: expected finite features (N, D) from {self.name}, got {what}")
+            parts.append((F.normalize(features, dim=1) if self.normalise else features).to(images.device))
+        return torch.cat(parts)
+
+
+class ClipEncoder(TorchEncoder):
+    """A CLIP, whose text tower names the classes. Features are not normalised."""
+
+    def __init__(self, name: str, module: nn.Module, preprocess: Preprocess, tokenizer: Any) -> None:
+        """Wrap a model of open_clip; see `open_clip_encoder`."""
+        super().__init__(name, module, preprocess)
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def text_prototypes(self, class_names: Sequence[str], templates: Iterable[str] = TEMPLATES) -> Tensor:
+        """One unit vector per class: the mean direction of its prompts, (C, D), on the device of the model."""
+        templates = tuple(templates)
+        for template in templates:
+            if "{}" not in template:
+                raise InputError(f"templates: expected {{}} where the class name goes, got {template!r}")
+        if not class_names or not templates:
+            raise InputError("class_names, templates: expected at least one of each")
+        device = next(self.module.parameters()).device
+        encode: Any = self.module.encode_text
+        rows = []
+        for name in class_names:
+            tokens = self.tokenizer([template.format(name) for template in templates]).to(device)
+            rows.append(F.normalize(encode(tokens).float(), dim=1).mean(dim=0))
+        return F.normalize(torch.stack(rows), dim=1)
+
+
+def check_images(images: object) -> None:
+    """Refuse what is no (N, 3, H, W) uint8 tensor."""
+    check_array("images", images, ("N", 3, "H", "W"))
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise InputError(f"images: expected a torch tensor of uint8, got {getattr(images, 'dtype', type(images))}")
+
+
+# ---- encoders ----
+
+
+def module_encoder(
+    name: str, module: nn.Module, weights: Path | str | None = None, *, normalise: bool = False
+) -> TorchEncoder:
+    """A trained network that normalises its input itself: a classifier's pooled features, a SimCLR encoder.
+
+    Args:
+        name: For messages; part of the id.
+        module: Maps (N, 3, H, W) uint8 to features by its method `features`, or when called.
+        weights: File of weights to load into it; None keeps what it has.
+        normalise: Scale every feature vector to unit length, as SimCLR's features are compared.
+
+    Raises:
+        InputError: The file cannot be read safely or does not fit.
+    """
+    if weights is not None:
+        load_weights(module, weights)
+    return TorchEncoder(name, module, None, normalise=normalise)
+
+
+def open_clip_encoder(
+    model: str, weights: Path | str | None = None, *, device: torch.device | str = "cpu"
+) -> ClipEncoder:
+    """Any model of open_clip.
+
+    Args:
+        model: A name that open_clip knows, such as "ViT-L-14", "hf-hub:organisation/name", or a local folder with
+            open_clip_config.json and weights, with or without "local-dir:" in front.
+        weights: A tag of open_clip's, such as "openai", which may be downloaded, or a local file of weights. None is
+            for folders and hub names, which have their own.
+        device: Where it computes.
+
+    Raises:
+        InputError: No such model, weights that are neither there nor to be fetched, or that do not fit.
+    """
+    try:
+        import open_clip  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("CLIP encoders need open_clip: pip install open_clip_torch") from error
+    folder = Path(model.removeprefix("local-dir:"))
+    is_folder = model.startswith("local-dir:") or (folder / "open_clip_config.json").is_file()
+    name = f"local-dir:{folder}" if is_folder else model
+    file = Path(weights) if weights is not None and Path(weights).exists() else None
+    if is_folder and file is None:
+        file = _weights_in(folder)
+    if file is None and weights is None and not model.startswith("hf-hub:"):
+        raise InputError(f"weights: expected a tag or a file for {model!r}, got none")
+    quiet = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it reports "no weights" for those that are loaded a line later
+    try:
+        network = open_clip.create_model(
+            name,
+            None if file or is_folder else weights,
+            load_weights=file is None,
+            require_pretrained=file is None,
+            weights_only=True,
+            device="cpu",
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # a hub client may raise anything
+        raise InputError(_unfetched(model, weights, error)) from error
+    finally:
+        logging.getLogger().setLevel(quiet)
+    if file is not None:
+        load_weights(network, file, open_clip.load_checkpoint)
+    settings = open_clip.get_model_preprocess_cfg(network)
+    size = settings.get("size", 224)
+    if settings.get("resize_mode", "shortest") not in ("shortest", "squash"):
+        raise InputError(f"model: {model!r} pads its images, which is not supported")
+    preprocess = Preprocess(
+        (size, size) if isinstance(size, int) else (size[0], size[1]),
+        settings.get("resize_mode", "shortest") == "shortest",
+        tuple(settings["mean"]),
+        tuple(settings["std"]),
+        "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic",
+    )
+    label = folder.name if is_folder else f"{model} {weights if file is None else file.name}"
+    return ClipEncoder(label, network.to(device), preprocess, tokenizer)
+
+
+def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch.device | str = "cpu") -> TorchEncoder:
+    """The pooled features of any model of timm, with the preprocessing that its weights were made for.
+
+    Args:
+        model: A name that timm knows, such as "resnet50.a1_in1k".
+        weights: A local file of weights; None takes those that belong to the name, which may be downloaded.
+        device: Where it computes.
+
+    Raises:
+        InputError: No such model, weights that are neither there nor to be fetched, or that do not fit.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("timm encoders need timm: pip install timm") from error
+    try:
+        network = timm.create_model(model, pretrained=weights is None, num_classes=0)
+    except Exception as error:
+        raise InputError(_unfetched(model, weights, error)) from error
+    if weights is not None:
+        wanted = set(network.state_dict())
+        load_weights(network, weights, keep=wanted)
+    settings = timm.data.resolve_data_config({}, model=network)
+    preprocess = Preprocess(
+        tuple(settings["input_size"][1:]),
+        settings["crop_mode"] != "squash",
+        tuple(settings["mean"]),
+        tuple(settings["std"]),
+        "bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
+    )
+    return TorchEncoder(model, network.to(device), preprocess)
+
+
+# ---- weights ----
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a file that torch's weights-only reader takes.
+
+    Args:
+        path: A state dict, or a training checkpoint with one under "state_dict" or "model"; "module." in front of every
+            name is dropped.
+
+    Raises:
+        InputError: Missing, truncated, damaged, a pickle that asks for more than tensors, or not finite.
+    """
+    with open_plain("weights", path) as file:
+        head = file.read(512)
+    kind = what_is(head)
+    is_torch = head.startswith(b"PK\x03\x04")
+    if kind is not None and not is_torch:
+        raise InputError(f"weights: expected safetensors or a torch state dict, but {path} is {kind}")
+    try:
+        content: Any = torch.load(path, "cpu", weights_only=True) if is_torch else load_file(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"weights: {path} cannot be read safely as weights: {_first_line(error)}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"weights: expected a dict of tensors in {path}")
+    for name, value in content.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(f"weights: {name} in {path} holds NaN or infinity")
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return content
+
+
+def load_weights(module: nn.Module, path: Path | str, loader: Any = None, keep: set[str] | None = None) -> None:
+    """Put the weights of a file into a network; every name and shape must fit.
+
+    Args:
+        module: The network.
+        path: See `read_weights`, which looks at the file first in any case.
+        loader: open_clip's loader, which knows other names for the same weights; called as loader(module, path).
+        keep: Names to take from the file, which may hold more, such as the head of a classifier.
+
+    Raises:
+        InputError: As `read_weights`, or the weights belong to another network.
+    """
+    weights = read_weights(path)
+    try:
+        if loader is not None:
+            loader(module, str(path), weights_only=True)
+        else:
+            module.load_state_dict({name: value for name, value in weights.items() if keep is None or name in keep})
+    except Exception as error:  # conversions of foreign names may fail in any way
+        raise InputError(f"weights: {path} does not fit {type(module).__name__}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first concrete complaint of torch's long message about weights that do not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1] if len(lines) > 1 and lines[0].startswith("Error") else _first_line(error))[:200]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights of a local open_clip folder."""
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"model: expected open_clip_model.safetensors beside open_clip_config.json in {folder}")
+
+
+def _unfetched(model: str, weights: object, error: Exception) -> str:
+    """What to give where weights could not be had."""
+    source = model
+    try:
+        from open_clip.pretrained import get_pretrained_cfg
+
+        source = get_pretrained_cfg(model, str(weights)).get("hf_hub", "").rstrip("/") or model
+    except ImportError:
+        pass
+    tag = f" ({weights})" if weights is not None else ""
+    return (
+        f"weights: those of {model}{tag} cannot be had here: {_first_line(error)}; fetch the safetensors file of "
+        f"{source} from the Hugging Face hub elsewhere and give its path as `weights`"
+    )
+
+
+# ---- features on disk ----
+
+
+def images_hash(images: Tensor) -> str:
+    """SHA-256 of the shape, the type and every byte of a tensor."""
+    digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
+    for part in images.split(SHARD_ROWS):
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, shard_rows: int = SHARD_ROWS) -> Tensor:
+    """Features from disk, computed and kept where they are missing.
+
+    They lie in a folder named by the encoder's id and the images' hash, in shards that are written whole or not at all
+    and listed with their checksums. So another encoder or other images never meet features that are not theirs, an
+    interrupted run goes on behind the last shard, and a damaged shard is computed again.
+
+    Args:
+        encoder: The encoder.
+        images: (N, 3, H, W) uint8.
+        folder: Where the features of all encoders are kept; made if it is missing.
+        shard_rows: Images per shard.
+
+    Returns:
+        (N, D) float32, on the device of `images`.
+
+    Raises:
+        InputError: As the encoder's `embed`.
+    """
+    check_images(images)
+    if shard_rows < 1:
+        raise InputError(f"shard_rows: expected 1 or more, got {shard_rows}")
+    about = {"encoder": encoder.id, "images": images_hash(images), "shard_rows": shard_rows}
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+    place = Path(folder) / f"features-{key}"
+    place.mkdir(parents=True, exist_ok=True)
+    listed = _listed(place / "manifest.json", about)
+    parts = []
+    for number, rows in enumerate(tqdm(images.split(shard_rows), "embedding", disable=None, leave=False)):
+        shard = place / f"shard-{number:05d}.npy"
+        features = _shard(shard, listed.get(shard.name), len(rows))
+        if features is None:
+            features = encoder.embed(rows).cpu()
+            with write_atomic(shard) as file:
+                np.save(file, features.numpy(), allow_pickle=False)
+            listed[shard.name] = file_hash(shard)
+            with write_atomic(place / "manifest.json") as file:
+                file.write(json.dumps({**about, "shards": listed}, indent=1).encode())
+        parts.append(features)
+    return torch.cat(parts).to(images.device)
+
+
+def _listed(manifest: Path, about: dict[str, Any]) -> dict[str, str]:
+    """Checksums of finished shards by name; none where the manifest is missing, damaged or about something else."""
+    try:
+        content = json.loads(manifest.read_bytes())
+        shards = content.pop("shards")
+        return dict(shards) if content == about else {}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}
+
+
+def _shard(path: Path, checksum: str | None, rows: int) -> Tensor | None:
+    """A finished shard, or None where it is missing or not what was written."""
+    if checksum is None or not path.is_file() or file_hash(path) != checksum:
+        return None
+    features = torch.from_numpy(np.array(read_npy("features", path)))
+    return features if len(features) == rows else None

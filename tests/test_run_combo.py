@@ -1,0 +1,155 @@
+"""The benchmark from its command line: what runs, what is recorded, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import run_combo
+from benchmarks.records import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """Three classes of Gaussian features, with the paths of the arrays and of given labels that confuse 1 with 2."""
+    folder = tmp_path_factory.mktemp("arrays")
+    rng = np.random.default_rng(0)
+    means = 4 * np.eye(3, 8, dtype=np.float32)
+    parts = {}
+    for name, count in (("train", 240), ("test", 90), ("synthetic", 60)):
+        labels = np.arange(count) % 3
+        noise = rng.standard_normal((count, 8)).astype(np.float32)
+        parts |= {name: means[labels] + noise + (name == "synthetic"), f"{name}_labels": labels}
+    np.savez(folder / "blobs.npz", **parts)
+    given = parts["train_labels"][:200].copy()
+    flipped = rng.random(200) < 0.4
+    given[flipped & (given > 0)] = 3 - given[flipped & (given > 0)]
+    np.save(folder / "confused.npy", given)
+    config = "encoder: given\nrefiners: [none, paper]\nthreshold: 0.0\ninitial: {epochs: 3, warmup: 0}\nmethods:\n"
+    config += "  standard: {epochs: 2, warmup: 0}\n  relabel: {epochs: 2}\n  plc: {epochs: 4, warmup: 2, window: 2}\n"
+    (folder / "quick.yaml").write_text(config)
+    return folder
+
+
+def command(arrays, out, *more):
+    files = ["--data", f"{arrays}/blobs.npz", "--given", f"{arrays}/confused.npy", "--config", f"{arrays}/quick.yaml"]
+    return [*files, "--out", str(out), "--device", "cpu", *more]
+
+
+def test_every_method_with_and_without_refinement(arrays, tmp_path, capsys):
+    assert run_combo.main(command(arrays, tmp_path, "--seeds", "0,1", "--json")) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert len(records) == 3 * 2 * 2
+    assert records == sorted(read_records([tmp_path / "blobs"]), key=records.index)
+    for record in records:
+        labels = record["labels"]
+        assert labels["noise_before"] == pytest.approx(0.25, abs=0.05)
+        moved = (labels["wrong_to_right"] - labels["right_to_wrong"]) / labels["images"]
+        assert labels["noise_after"] == pytest.approx(labels["noise_before"] - moved)
+        assert set(record["test_accuracy"]) == {"last", "best_noisy_validation", "best_clean_validation"}
+        assert len(record["history"]) == record["settings"]["method"]["epochs"]
+        assert record["environment"]["versions"]["torch"]
+    unrefined, refined = (
+        {r["labels"]["noise_after"] for r in records if r["refiner"] == name} for name in ("none", "paper")
+    )
+    assert max(refined) < min(unrefined)
+
+
+def test_the_table_is_printed_and_a_second_call_runs_nothing(arrays, tmp_path, capsys, monkeypatch):
+    arguments = command(arrays, tmp_path, "--method", "standard")
+    assert run_combo.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.count("\n") == 4
+    assert "| confused | standard | paper" in first
+    monkeypatch.setattr(run_combo, "ADAPTERS", dict.fromkeys(run_combo.ADAPTERS))
+    assert run_combo.main(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_changed_setting_is_another_record(arrays, tmp_path, capsys):
+    arguments = command(arrays, tmp_path, "--method", "standard", "--refine", "none")
+    for override in ("methods.standard.epochs=1", "methods.standard.epochs=2", "threshold=0.9"):
+        assert run_combo.main([*arguments, override]) == 0
+    assert len(list(tmp_path.glob("blobs/*.json"))) == 2, "the threshold does not touch a run without refiner"
+
+
+def test_dry_run_writes_nothing(arrays, tmp_path, capsys):
+    assert run_combo.main(command(arrays, tmp_path / "out", "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("to do  ") for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_true_labels_the_noise_is_unknown(arrays, tmp_path, capsys):
+    arguments = command(arrays, tmp_path, "--method", "standard")
+    del arguments[2:4]  # no --given: the labels in the file are the given ones
+    assert run_combo.main(arguments) == 0
+    assert "unknown" in capsys.readouterr().out
+    [record, _] = read_records([tmp_path / "blobs"])
+    assert record["labels"]["noise_before"] is None
+    assert "wrong_to_right" not in record["labels"]
+
+
+BAD_COMMANDS = {
+    "unknown method": (["--method", "plcc"], "method: expected one of standard, relabel, plc"),
+    "unknown refiner": (["--refine", "magic"], "refine: expected one of none, paper"),
+    "unknown option": (["methods.plc.epoch=3"], "plc: unknown option 'epoch'"),
+    "option of the wrong type": (["methods.plc.epochs=many"], "plc: option 'epochs': expected int, got 'many'"),
+    "option of the initial classifier": (["initial.epoch=3"], "initial: unknown option 'epoch'"),
+    "unknown key": (["thresold=3"], "config: expected the keys"),
+    "no value": (["threshold"], "override: expected key=value, got 'threshold'"),
+    "no block": (["threshold.x=1"], "override: expected a block at threshold, got 0.0"),
+    "no config": (["--config", "nowhere.yaml"], "config: expected a YAML file, nowhere.yaml cannot be read"),
+    "no labels": (["--given", "nowhere.npy"], "given: nowhere.npy cannot be read: No such file or directory"),
+    "unknown encoder": (["encoder=sight", "--refine", "paper"], "encoder: expected "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_commands_are_one_line(case, arrays, tmp_path, capsys):
+    more, message = BAD_COMMANDS[case]
+    assert run_combo.main(command(arrays, tmp_path, *more)) == 3
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {message}")
+
+
+def test_missing_arrays_are_one_line(arrays, tmp_path, capsys):
+    np.savez(tmp_path / "short.npz", train=np.zeros((3, 2)))
+    assert run_combo.main(["--data", str(tmp_path / "short.npz"), "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("error: data: expected the array train_labels in ")
+    assert run_combo.main(["--data", str(tmp_path / "none.npz"), "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("error: data: cannot be read")
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if not key.endswith("_seconds")} for record in records]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_the_same(arrays, tmp_path):
+    """Ctrl-C and kill -9 at odd moments leave whole records and a run that can go on."""
+    options = ["--method", "standard,plc", "methods.plc.epochs=60"]
+    assert run_combo.main(command(arrays, tmp_path / "whole", *options)) == 0
+    script = [sys.executable, str(ROOT / "benchmarks" / "run_combo.py"), *command(arrays, tmp_path / "cut", *options)]
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
+        while process.poll() is None and b"seed 0" not in (line := process.stderr.readline()):
+            assert line
+        time.sleep(0.05)
+        os.kill(process.pid, stop)
+        process.communicate()
+        assert process.returncode == code
+        read_records([tmp_path / "cut" / "blobs"])
+        assert not list((tmp_path / "cut" / "blobs").glob("*.tmp"))
+    assert run_combo.main(command(arrays, tmp_path / "cut", *options)) == 0
+    whole, cut = (without_times(read_records([tmp_path / name / "blobs"])) for name in ("whole", "cut"))
+    assert whole == cut

@@ -1,0 +1,206 @@
+"""Progressive Label Correction (PLC).
+
+Zhang, Zheng, Wu, Goswami, Chen, "Learning with Feature-Dependent Label Noise: A Progressive Approach", ICLR 2021,
+https://arxiv.org/abs/2103.07756. Letters in shapes: N images, D features, C classes, W epochs of the window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from third_party.loop import (
+    Measure,
+    Progress,
+    check_inputs,
+    check_lengths,
+    seeded,
+    sgd,
+    shuffled_batches,
+    stepped_rate,
+    take_batch,
+)
+from third_party.resnet import Classifier
+
+
+@dataclass(frozen=True)
+class Config:
+    """The recipe; the defaults are the published code's for CIFAR."""
+
+    epochs: int = 180
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0005
+    nesterov: bool = True
+    milestones: tuple[int, ...] = (40, 80)  # epochs, from 0, at which the learning rate is multiplied by gamma
+    gamma: float = 0.5
+    warmup: int = 8  # epochs before the first one that ends with a correction
+    window: int = 5  # epochs whose predictions are averaged
+    delta: float = 0.3  # initial likelihood ratio below which a label is replaced
+    increment: float = 0.1
+    limit: float = 0.9  # of delta, see cap
+    few_flips: float = 0.001  # fraction of the images; fewer flips than that raise delta
+    growth: str = "additive"  # the code: delta + increment after few flips; "multiplicative", the paper: delta *
+    # (1 + increment) after no flip
+    cap: str = "min"  # the code today: delta never above limit; "max", the code up to June 2021: never below it
+    crop_padding: int = 4  # pixels; 0 switches the crop off
+    flip: bool = True
+    bf16: bool = False  # autocast to bfloat16
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training left besides the model, which holds the weights of the last epoch.
+
+    Attributes:
+        labels: The corrected labels, (N,) int64.
+        history: One entry per epoch: epoch (from 0), lr, loss, flips (labels replaced at its end), delta (the ratio in
+            force there), and what `measure` returned.
+    """
+
+    labels: Tensor
+    history: list[dict[str, float]]
+
+
+def correct(predictions: Tensor, labels: Tensor, delta: float) -> Tensor:
+    """Replace a label by the likeliest class where its share of that class's likelihood is below `delta`.
+
+    Args:
+        predictions: Averaged predictions, (N, C); a common factor per image changes nothing.
+        labels: Current labels, (N,) int64; left as they are.
+        delta: Ratio in [0, 1]; a ratio equal to it keeps the label.
+
+    Returns:
+        Labels, (N,) int64. An image whose predictions are all zero keeps its label.
+
+    Example:
+        >>> correct(torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([1, 1]), 0.5).tolist()
+        [0, 1]
+    """
+    highest, likeliest = predictions.max(dim=1)
+    ratio = predictions.gather(1, labels[:, None])[:, 0] / highest  # 0 / 0 is NaN, which is below nothing
+    return torch.where(ratio < delta, likeliest, labels)
+
+
+def next_delta(delta: float, flips: int, count: int, config: Config) -> float:
+    """The ratio for the next correction, after one that replaced `flips` of `count` labels.
+
+    Example:
+        >>> next_delta(0.25, 44, 45_000, Config(increment=0.25)), next_delta(0.25, 45, 45_000, Config())
+        (0.5, 0.25)
+    """
+    if config.growth == "additive":
+        if flips >= config.few_flips * count:
+            return delta
+        raised = delta + config.increment
+    else:
+        if flips > 0:
+            return delta
+        raised = delta * (1 + config.increment)
+    return min(raised, config.limit) if config.cap == "min" else max(raised, config.limit)
+
+
+def train(
+    model: Classifier,
+    inputs: Tensor,
+    labels: Tensor,
+    config: Config,
+    *,
+    measure: Measure,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Result:
+    """Train with cross-entropy and correct the labels after every epoch from `warmup` on.
+
+    The window holds the predictions of the training pass itself: augmented inputs, batch statistics and dropout,
+    weights from before the update.
+
+    Args:
+        model: The network, on the device of `inputs`; trained in place.
+        inputs: Pixels, (N, 3, H, W) uint8, or features, (N, D).
+        labels: Classes to start from, (N,) int64; left as they are.
+        config: The recipe.
+        measure: Called with the model after every epoch; its figures go into the history.
+        seed: Same seed, same result on the CPU; 0 or more.
+        checkpoint: Safetensors file to write to, and to go on from where it exists, with the same result.
+
+    Raises:
+        ValueError: Inputs, labels, a switch or the checkpoint do not fit, or the loss is not finite any more.
+    """
+    check_lengths(config.epochs, config.batch_size)
+    check_inputs(model, inputs, labels, soft=False)
+    for name, value, known in (
+        ("growth", config.growth, ("additive", "multiplicative")),
+        ("cap", config.cap, ("min", "max")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
+    if config.window < 1:
+        raise ValueError(f"window: expected at least 1 epoch, got {config.window}")
+    device = inputs.device
+    if inputs.ndim == 4:
+        model.to(memory_format=torch.channels_last)
+    optimiser = sgd(model, config.lr, config.momentum, config.weight_decay, config.nesterov, device)
+    history: list[dict[str, float]] = []
+    current, delta = labels.clone(), config.delta
+    window = torch.zeros(config.window, len(inputs), model.head.out_features, device=device)  # (W, N, C)
+    progress = Progress(checkpoint, "plc", config, seed, inputs, labels)
+    if state := progress.load(model, optimiser):
+        history, delta = state["history"], state["delta"]
+        current, window = state["labels"].to(device), state["window"].to(device)
+
+    bar = tqdm(range(len(history), config.epochs), "plc", initial=len(history), total=config.epochs, disable=None)
+    for epoch in bar:
+        rate = stepped_rate(config.lr, config.milestones, config.gamma, epoch)
+        optimiser.param_groups[0]["lr"] = rate
+        predictions = window[epoch % config.window]  # (N, C)
+        with seeded(device, seed, epoch):
+            model.train()
+            total, steps = torch.zeros((), device=device), 0
+            for rows in shuffled_batches(len(inputs), config.batch_size, device):
+                batch = take_batch(inputs, rows, config.crop_padding, config.flip)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                    logits = model(batch)
+                logits = logits.float()
+                predictions.index_copy_(0, rows, logits.detach().softmax(dim=1))
+                loss = F.cross_entropy(logits, current.index_select(0, rows))
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+                optimiser.step()
+                total += loss.detach()
+                steps += 1
+            mean_loss = total.item() / steps
+            if not math.isfinite(mean_loss):
+                raise ValueError(
+                    f"lr: expected a finite loss, got {mean_loss} in epoch {epoch}; lower lr ({config.lr})"
+                )
+            flips, delta_now = 0, delta
+            if epoch >= config.warmup:
+                corrected = correct(window.mean(dim=0), current, delta)
+                flips = int((corrected != current).sum())
+                current, delta = corrected, next_delta(delta, flips, len(inputs), config)
+            model.eval()
+            with torch.no_grad():
+                figures = dict(measure(model))
+        entry = {"epoch": float(epoch), "lr": rate, "loss": mean_loss, "flips": float(flips), "delta": delta_now}
+        history.append({**entry, **figures})
+        progress.save(
+            {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "history": history,
+                "labels": current,
+                "window": window,
+                "delta": delta,
+            },
+            last=epoch == config.epochs - 1,
+        )
+        bar.set_postfix(loss=f"{mean_loss:.3f}", flips=flips, delta=f"{delta:.2f}", refresh=False)
+    return Result(current, history)
