@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import stat
 import struct
 import uuid
@@ -141,7 +142,7 @@ def read_npy(name: str, path: str | os.PathLike[str], kinds: str = "iuf") -> NDA
 
 def _npy_header(name: str, path: str | os.PathLike[str], header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     try:
-        fields = ast.literal_eval(header.decode("utf-8" if header.isascii() else "latin1").strip())
+        fields = _literal(header)
         if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
             raise ValueError("the fields are not descr, fortran_order and shape")
         shape, fortran = fields["shape"], fields["fortran_order"]
@@ -152,9 +153,15 @@ def _npy_header(name: str, path: str | os.PathLike[str], header: bytes) -> tuple
         if not isinstance(fields["descr"], str):
             raise ValueError("the elements are records")
         return np.dtype(fields["descr"]), shape, fortran
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: {path} is a .npy file with a damaged header: {str(error)[:100]}") from error
+
+
+def _literal(header: bytes) -> object:
+    try:
+        return ast.literal_eval(header.decode("latin1").strip())
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name}: {path} is a .npy file with a damaged header: {text[:100]}") from error
+        raise ValueError("it is no dict of plain values") from error
 
 
 def _kind(head: bytes) -> str:
@@ -199,6 +206,33 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+_OPCODES = {
+    *(
+        "PROTO",
+        "MARK",
+        "STOP",
+        "GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+    ),
+    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS", "BINUNICODE", "EMPTY_TUPLE", "TUPLE"),
+    *("TUPLE1", "TUPLE2", "TUPLE3", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+}
+"""What these files are made of. Others could ask for gigabytes in a few bytes."""
+
+
+def _check_opcodes(data: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and cast(int, argument) > len(data)):
+            raise pickle.UnpicklingError(f"the instruction {opcode.name}, which label files do not need")
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     """Knows the four names of CIFAR-N's files, each replaced by a stand-in of ours."""
 
@@ -241,7 +275,9 @@ def read_pt(name: str, path: str | os.PathLike[str]) -> dict[str, NDArray[np.int
                 member = members[0]
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_PICKLE_BYTES:
                     raise ValueError(f"data.pkl is compressed or larger than {MAX_PICKLE_BYTES} bytes")
-                content = _RestrictedUnpickler(io.BytesIO(archive.read(member))).load()
+                data = archive.read(member)
+            _check_opcodes(data)
+            content = _RestrictedUnpickler(io.BytesIO(data)).load()
             if not isinstance(content, dict) or not content:
                 raise ValueError(f"it holds {type(content).__name__}, not a dict of arrays")
             return {str(key): _pt_labels(str(key), value) for key, value in content.items()}

@@ -6,15 +6,17 @@ Letters in shapes: N images, C classes.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from synth_refine._check import Array, InputError, check_array, check_labels
@@ -73,13 +75,20 @@ def read_labels_and_ids(
     return values.astype(np.int64), None
 
 
-def write_labels(path: str | os.PathLike[str], labels: Array, ids: Sequence[str] | Sequence[int] | None = None) -> None:
+def write_labels(
+    path: str | os.PathLike[str],
+    labels: Array,
+    ids: Sequence[str] | Sequence[int] | None = None,
+    *,
+    dtype: DTypeLike = np.int64,
+) -> None:
     """Write labels whole or not at all; what is written is read back equal by `read_labels`.
 
     Args:
-        path: A .npy file (int64) or a .csv file with the columns `id` and `label`.
+        path: A .npy file or a .csv file with the columns `id` and `label`.
         labels: Labels, (N,) integers in [0, 2**31).
         ids: One id per label, unique, for .csv only; the row numbers by default.
+        dtype: The integer type in a .npy file; almost every codebase expects the default.
 
     Raises:
         InputError: Another kind of file, labels of the wrong shape, type or range, or ids that do not fit.
@@ -90,13 +99,15 @@ def write_labels(path: str | os.PathLike[str], labels: Array, ids: Sequence[str]
         if ids is not None:
             raise InputError("ids: a .npy file has no place for them, expected None; write a .csv file")
         with write_atomic(path) as file:
-            np.save(file, values, allow_pickle=False)
+            np.save(file, values.astype(dtype), allow_pickle=False)
     elif suffix == ".csv":
         names = [str(one) for one in (range(len(values)) if ids is None else ids)]
         if len(names) != len(values):
             raise InputError(f"ids: expected {len(values)}, one per label, got {len(names)}")
         check_unique("ids", names)
-        write_csv(path, {"id": names, "label": values.tolist()})
+        data = csv_bytes({"id": names, "label": values.tolist()})
+        with write_atomic(path) as file:
+            file.write(data)
     else:
         raise InputError(f"path: expected a .npy or .csv file, got {path}")
 
@@ -144,6 +155,11 @@ def as_labels(name: str, labels: object, num_classes: int | None = None) -> NDAr
     return np.array(labels, dtype=np.int64)
 
 
+def labels_hash(labels: NDArray[np.integer[Any]]) -> str:
+    """The SHA-256, in hex, of labels as little-endian int64: the same for every type and file they came in."""
+    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+
 def _pair(
     name: str, labels: Array, true_labels: Array, num_classes: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -164,7 +180,7 @@ def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Read a .csv file into one list of cells per column, in the order of its rows.
 
     UTF-8 with or without a byte-order mark, with either line ending. A last line without a line ending is refused,
-    because a truncated file looks like that. An apostrophe that `write_csv` put before a formula is taken off.
+    because a truncated file looks like that. An apostrophe that `csv_bytes` put before a formula is taken off.
 
     Raises:
         InputError: The file is something else (the message says what), not UTF-8, truncated, or not a table.
@@ -190,29 +206,31 @@ def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
     return {column: [_unescape(row[place]) for row in rows[1:]] for place, column in enumerate(header)}
 
 
-def write_csv(path: str | os.PathLike[str], columns: dict[str, Sequence[object]]) -> None:
-    """Write columns of equal length as a .csv file that a spreadsheet runs nothing of, whole or not at all.
+def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:
+    """Columns of equal length as a .csv file that a spreadsheet runs nothing of; `read_csv` reads it back.
 
-    A text that begins with = + - @ (or with a tab, a carriage return or an apostrophe) gets an apostrophe before it.
+    A text that begins with = + - @ (or with a tab, a carriage return or an apostrophe) gets an apostrophe before it,
+    and NaN is an empty cell.
+
+    Raises:
+        InputError: A text that UTF-8 cannot write.
     """
     text = io.StringIO(newline="")
     # Every text is quoted: before Python 3.13 a lone carriage return would otherwise stand bare and split the row.
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writerow(columns)
-    table.writerows(
-        [_escape(cell) if isinstance(cell, str) else cell for cell in row]
-        for row in zip(*columns.values(), strict=True)
-    )
+    table.writerows([_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True))
     try:
-        data = text.getvalue().encode()
+        return text.getvalue().encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{path}: expected text that UTF-8 can write, got {error.object[error.start]!r}") from error
-    with write_atomic(path) as file:
-        file.write(data)
+        shown = error.object[error.start]
+        raise InputError(f"ids: expected text that UTF-8 can write, got the character {shown!r}") from error
 
 
-def _escape(cell: str) -> str:
-    return f"'{cell}" if cell.startswith((*FORMULA, "'")) else cell
+def _cell(value: object) -> object:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith((*FORMULA, "'")) else value
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _unescape(cell: str) -> str:

@@ -1,0 +1,359 @@
+"""The artifact of a refinement: a folder that says what was changed, why and from what, and can undo it.
+
+    labels.npy   the refined labels, (N,) int64
+    changes.csv  one row per image that was changed or left undecided: id, old, new, action, confidence, margin, reason
+    ids.csv      the id of every row, where the given labels came with ids
+    run.json     hashes of the inputs and of the files above, settings, seed, versions
+
+An artifact is replaced whole. The new files are laid beside the old ones under names that hold their hash, then the new
+run.json takes the place of the old one, which is the one moment that counts, then the files take their plain names. A
+reader takes the files whose hashes run.json holds, under whichever of the two names they stand.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synth_refine._check import Array, InputError, check_array
+from synth_refine.files import file_hash, open_plain, read_npy, sync_folder, write_atomic
+from synth_refine.labels import as_labels, check_unique, csv_bytes, labels_hash, read_csv
+
+FORMAT = 1
+NAMES = ("labels.npy", "changes.csv", "ids.csv")
+
+
+class WrongBase(InputError):
+    """The labels at hand are not the ones that were refined."""
+
+
+class WrongIds(InputError):
+    """The ids of labels and images do not belong together."""
+
+
+class Damaged(InputError):
+    """An artifact whose files do not have the hashes that its run.json holds."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a refinement did to given labels.
+
+    Attributes:
+        given: The labels as given, (N,), in the integer type they came in.
+        labels: The refined labels, (N,) int64.
+        ids: The id of every row; None where the row number is the id.
+        action: What was decided for every row: keep, change or abstain, (N,).
+        confidence: The score of the decision, (N,); NaN where none is known. Kept rows lose it on disk.
+        margin: By how much the best class beats the second, (N,); NaN where it is not known. Kept rows lose it on disk.
+        reason: Why a row was changed or left undecided, (N,); empty for kept rows.
+        run: Hashes of the inputs, settings, seed and versions, as run.json holds them.
+    """
+
+    given: NDArray[np.integer[Any]]
+    labels: NDArray[np.int64]
+    ids: list[str] | None
+    action: NDArray[np.str_]
+    confidence: NDArray[np.float64]
+    margin: NDArray[np.float64]
+    reason: NDArray[np.str_]
+    run: dict[str, Any] = field(repr=False)
+
+    @property
+    def changed(self) -> NDArray[np.int64]:
+        """The rows whose label was changed."""
+        return np.flatnonzero(self.given != self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return int(self.run["num_classes"])
+
+    def apply(self, given: Array, ids: Sequence[str] | None = None) -> NDArray[np.int64]:
+        """The refined labels for the given ones, in the order of `given`.
+
+        Args:
+            given: The labels that were refined, (N,) integers; with `ids` in any order.
+            ids: The id of every label.
+
+        Raises:
+            WrongBase: `given` are other labels than the refined ones.
+            WrongIds: Other ids than the artifact's.
+
+        Example:
+            >>> artifact = record(np.array([0, 1, 1]), np.array([0, 1, 0]))
+            >>> artifact.apply(np.array([0, 1, 1]))
+            array([0, 1, 0])
+        """
+        return self._swap("given", given, ids, self.given, self.labels).astype(np.int64)
+
+    def revert(self, labels: Array, ids: Sequence[str] | None = None) -> NDArray[np.integer[Any]]:
+        """The given labels for the refined ones, bit for bit and in the type they came in; the inverse of `apply`."""
+        return self._swap("labels", labels, ids, self.labels, self.given)
+
+    def _swap(
+        self,
+        name: str,
+        labels: Array,
+        ids: Sequence[str] | None,
+        before: NDArray[np.integer[Any]],
+        after: NDArray[np.integer[Any]],
+    ) -> NDArray[np.integer[Any]]:
+        values = as_labels(name, labels)
+        check_array(name, values, before.shape)
+        order = np.arange(len(before)) if ids is None else self.rows_of(ids)
+        differ = np.flatnonzero(values != before[order])
+        if differ.size:
+            raise WrongBase(
+                f"{name}: expected the labels with hash {labels_hash(before)[:12]} that this artifact is about, "
+                f"got others: {differ.size} of {len(values)} differ, the first in row {differ[0]}"
+            )
+        return after[order]
+
+    def rows_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """The row of every id; the ids must be the artifact's, in any order."""
+        check_unique("ids", ids)
+        own = self.ids if self.ids is not None else list(map(str, range(len(self.labels))))
+        rows = {one: row for row, one in enumerate(own)}
+        if len(ids) != len(own):
+            raise WrongIds(f"ids: expected the artifact's {len(own)}, got {len(ids)}")
+        unknown = [one for one in ids if one not in rows]
+        if unknown:
+            raise WrongIds(f"ids: expected ids of the artifact, got {len(unknown)} others, the first is {unknown[0]!r}")
+        return np.array([rows[one] for one in ids], dtype=np.int64)
+
+    def table(self) -> dict[str, list[Any]]:
+        """The columns of changes.csv: the rows that were changed or left undecided."""
+        rows = np.flatnonzero(self.action != "keep")
+        return {
+            "id": rows.tolist() if self.ids is None else [self.ids[row] for row in rows],
+            "old": self.given[rows].tolist(),
+            "new": self.labels[rows].tolist(),
+            "action": self.action[rows].tolist(),
+            "confidence": self.confidence[rows].tolist(),
+            "margin": self.margin[rows].tolist(),
+            "reason": self.reason[rows].tolist(),
+        }
+
+
+def record(
+    given: Array,
+    labels: Array,
+    *,
+    num_classes: int | None = None,
+    ids: Sequence[str] | None = None,
+    abstained: NDArray[np.bool_] | None = None,
+    confidence: Array | None = None,
+    margin: Array | None = None,
+    reason: Sequence[str] | NDArray[np.str_] | str = "",
+    inputs: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Artifact:
+    """Put what a refiner decided on record.
+
+    Args:
+        given: Labels before, (N,) integers in [0, C).
+        labels: Labels after, (N,) integers in [0, C).
+        num_classes: C; by default the largest label plus one.
+        ids: One id per row, unique.
+        abstained: Rows that the refiner would not decide, (N,); they keep their label.
+        confidence: The score of every decision, (N,).
+        margin: By how much the best class beats the second, (N,).
+        reason: Why rows were changed or left undecided, one text or (N,).
+        inputs: Hashes or names of the data, encoder and prototypes.
+        settings: Refiner, threshold, seed.
+
+    Raises:
+        InputError: Shapes, types or ranges that do not fit, or an undecided row with a changed label.
+    """
+    before = as_labels("given", given, num_classes)
+    after = as_labels("labels", labels, num_classes)
+    check_array("labels", after, before.shape)
+    if num_classes is None:
+        num_classes = int(max(before.max(), after.max())) + 1 if before.size else 0
+    undecided = np.zeros(len(before), dtype=bool) if abstained is None else np.asarray(abstained, dtype=bool)
+    check_array("abstained", undecided, before.shape)
+    changed = before != after
+    if bool((changed & undecided).any()):
+        raise InputError(f"abstained: expected rows that keep their label, got row {(changed & undecided).argmax()}")
+    names = None if ids is None else [str(one) for one in ids]
+    if names is not None:
+        if len(names) != len(before):
+            raise InputError(f"ids: expected {len(before)}, one per label, got {len(names)}")
+        check_unique("ids", names)
+    reasons = np.full(len(before), reason) if isinstance(reason, str) else np.asarray(reason, dtype=np.str_)
+    check_array("reason", reasons, before.shape)
+    dtype = np.dtype(str(given.dtype).removeprefix("torch.")) if not isinstance(given, np.ndarray) else given.dtype
+    scores = {}
+    for name, values in (("confidence", confidence), ("margin", margin)):
+        scores[name] = np.full(len(before), np.nan) if values is None else np.array(values, dtype=np.float64)
+        check_array(name, scores[name], before.shape)
+    return Artifact(
+        given=before.astype(dtype),
+        labels=after,
+        ids=names,
+        action=np.select([changed, undecided], ["change", "abstain"], "keep"),
+        reason=np.where(changed | undecided, reasons, ""),
+        **scores,
+        run={
+            "format": FORMAT,
+            "num_classes": num_classes,
+            "given": {"sha256": labels_hash(before), "dtype": dtype.str, "count": len(before)},
+            "labels": {"sha256": labels_hash(after), "changed": int(changed.sum()), "abstained": int(undecided.sum())},
+            "inputs": dict(inputs or {}),
+            "settings": dict(settings or {}),
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of this package and of the libraries that numbers depend on."""
+    from synth_refine import __version__  # the package imports its modules first
+
+    others = {name: metadata.version(name) for name in ("numpy", "torch")}
+    return {"python": platform.python_version(), "synth-refine": __version__, **others}
+
+
+def write_artifact(folder: str | os.PathLike[str], artifact: Artifact) -> None:
+    """Write an artifact whole or not at all; killed at any moment, the folder holds the old one or the new one.
+
+    Raises:
+        InputError: The folder holds something else than an artifact.
+        OSError: The folder cannot be written, or another process is writing to it.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "run.json").exists():
+        others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+        if others:
+            raise InputError(f"folder: expected an artifact or an empty folder, but {root} holds {others[0]}")
+    labels = io.BytesIO()
+    np.save(labels, artifact.labels, allow_pickle=False)
+    contents = {"labels.npy": labels.getvalue(), "changes.csv": csv_bytes(artifact.table())}
+    if artifact.ids is not None:
+        contents["ids.csv"] = csv_bytes({"id": artifact.ids})
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    run = json.dumps({**artifact.run, "files": hashes}, indent=2, allow_nan=False) + "\n"
+    with _locked(root):
+        _settle(root)
+        for name, data in contents.items():
+            with write_atomic(_staged(root, name, hashes[name])) as file:
+                file.write(data)
+        with write_atomic(root / "run.json") as file:
+            file.write(run.encode())
+        _settle(root)
+
+
+def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
+    """Read an artifact and check every hash in it.
+
+    Raises:
+        Damaged: A file was changed, swapped or lost after it was written.
+        InputError: The folder holds no artifact.
+    """
+    root = Path(folder)
+    run = _read_run(root)
+    paths = {name: _find(root, name, run["files"].get(name)) for name in NAMES if name in run["files"]}
+    labels = np.array(read_npy("labels", paths["labels.npy"], "i"), dtype=np.int64)
+    ids = read_csv("ids", paths["ids.csv"])["id"] if "ids.csv" in paths else None
+    table = read_csv("changes", paths["changes.csv"])
+    rows_by_id = {one: row for row, one in enumerate(ids if ids is not None else map(str, range(len(labels))))}
+    try:
+        rows = np.array([rows_by_id[one] for one in table["id"]], dtype=np.int64)
+        given = labels.astype(np.dtype(run["given"]["dtype"]))
+        given[rows] = np.array(table["old"], dtype=np.int64)
+        columns: dict[str, NDArray[Any]] = {}
+        for name in ("confidence", "margin"):
+            columns[name] = np.full(len(labels), np.nan)
+            columns[name][rows] = [float(cell) if cell else np.nan for cell in table[name]]
+        for name, rest in (("action", "keep"), ("reason", "")):
+            columns[name] = np.full(len(labels), rest, dtype=object)
+            columns[name][rows] = table[name]
+        if labels_hash(given) != run["given"]["sha256"] or labels_hash(labels) != run["labels"]["sha256"]:
+            raise ValueError("the labels do not have the recorded hash")
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{root}: run.json and changes.csv contradict each other: {error}") from error
+    return Artifact(
+        given=given,
+        labels=labels,
+        ids=ids,
+        action=columns["action"].astype(np.str_),
+        confidence=columns["confidence"],
+        margin=columns["margin"],
+        reason=columns["reason"].astype(np.str_),
+        run={key: value for key, value in run.items() if key != "files"},
+    )
+
+
+def _read_run(root: Path) -> dict[str, Any]:
+    with open_plain("artifact", root / "run.json") as file:
+        data = file.read()
+    try:
+        run = json.loads(data)
+        if not isinstance(run, dict) or run["format"] != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        if not {"labels.npy", "changes.csv"} <= set(run["files"]) <= set(NAMES):
+            raise ValueError(f"it names the files {', '.join(run['files'])}")
+        if not {"given", "labels", "inputs", "num_classes"} <= set(run):
+            raise ValueError("an entry is missing")
+        if not all(isinstance(value, str) and len(value) == 64 and value.isalnum() for value in run["files"].values()):
+            raise ValueError("a file has no hash")
+        return run
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{root / 'run.json'} is damaged: {error}") from error
+
+
+def _staged(root: Path, name: str, digest: str) -> Path:
+    return root / f".{digest}.{name}"
+
+
+def _find(root: Path, name: str, digest: str) -> Path:
+    # First the name with the hash: a rename in between can only move the file on to the other one.
+    for path in (_staged(root, name, digest), root / name):
+        if path.is_file() and file_hash(path) == digest:
+            return path
+    raise Damaged(f"{root / name} is not the file that run.json describes: it was changed, swapped or lost")
+
+
+def _settle(root: Path) -> None:
+    """Finish what an interrupted write had decided, and remove what it had not."""
+    files = _read_run(root)["files"] if (root / "run.json").exists() else {}
+    for name, digest in files.items():
+        if _staged(root, name, digest).exists():
+            os.replace(_staged(root, name, digest), root / name)
+    sync_folder(root)
+    for name in NAMES:
+        for path in root.glob(f".*{name}*"):
+            path.unlink()
+        if name not in files:
+            (root / name).unlink(missing_ok=True)
+    for path in root.glob(".run.json.*.tmp"):
+        path.unlink()
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keep other writers out; the lock goes with the process that holds it."""
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process is writing to this artifact", str(root)) from error
+        yield
+    finally:
+        os.close(descriptor)

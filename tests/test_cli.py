@@ -1,0 +1,300 @@
+"""The command: every example in its help runs, results on stdout, remarks on stderr, exit codes 0, 1, 2, 3."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from synth_refine import cli
+from synth_refine.artifact import read_artifact
+from synth_refine.labels import read_labels, read_labels_and_ids, write_labels
+
+COMMANDS = ("refine", "apply", "revert", "diff", "export", "verify", "env")
+WRITERS = ("refine", "apply", "revert", "export")
+FILES = ("--features", "--logits", "--prototypes", "--given")
+COUNT = 60
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that the examples name: features around their prototypes, and some wrong labels."""
+    random = np.random.default_rng(0)
+    truth = np.arange(COUNT) % 3
+    np.save(tmp_path / "prototypes.npy", np.eye(3, 8, dtype=np.float32))
+    features = np.eye(3, 8)[truth] + 0.05 * random.standard_normal((COUNT, 8))
+    np.save(tmp_path / "features.npy", features.astype(np.float16))
+    np.save(tmp_path / "logits.npy", (4 * np.eye(3)[truth]).astype(np.float32))
+    given = truth.copy()
+    given[:15] = (given[:15] + 1) % 3
+    np.save(tmp_path / "given.npy", given)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refined(folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert cli.main(example("refine")[0]) == 0
+    assert cli.main(example("apply")[0]) == 0
+    capsys.readouterr()
+    return folder
+
+
+def epilog(command: str) -> str:
+    return str(getattr(cli, command.upper()))
+
+
+def example(command: str) -> list[list[str]]:
+    """The arguments of the examples that a command's help shows."""
+    lines = epilog(command).replace("\\\n", " ").splitlines()[1:]
+    assert lines
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples_that_run(command: str, refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert epilog(command) in capsys.readouterr().out
+    for arguments in example(command):
+        assert arguments[0] == command
+        expected = 1 if arguments == ["diff", "given.npy", "labels.npy"] else 0
+        assert cli.main(arguments) == expected
+        assert capsys.readouterr().out
+
+
+def test_refine_apply_and_revert_go_round(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = read_artifact("refined")
+    assert artifact.labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    assert len(artifact.changed) == 15
+    assert artifact.run["settings"] == {"refiner": "paper", "threshold": 0.6, "weight": 0.5}
+    assert set(artifact.run["inputs"]) == {"features", "logits", "prototypes", "given", "encoder"}
+    assert read_labels("labels.npy").tolist() == artifact.labels.tolist()
+    assert cli.main(example("revert")[0]) == 0
+    assert Path("given-again.npy").read_bytes() == Path("given.npy").read_bytes()
+    assert json.loads(capsys.readouterr().out)["changed"] == 15
+
+
+def test_labels_come_back_in_the_type_and_with_the_ids_they_had(folder: Path) -> None:
+    given = np.load("given.npy")
+    np.save("small.npy", given.astype(np.uint8))
+    refine = example("refine")[0]
+    refine[refine.index("given.npy")] = "small.npy"
+    assert cli.main(refine) == 0
+    assert cli.main(["apply", "refined", "--given", "small.npy", "--out", "labels.npy"]) == 0
+    assert cli.main(["revert", "refined", "--labels", "labels.npy", "--out", "again.npy"]) == 0
+    assert Path("again.npy").read_bytes() == Path("small.npy").read_bytes()
+
+    ids = [f"{row}.png" for row in range(COUNT)]
+    write_labels("given.csv", given, ids)
+    refine[refine.index("small.npy")] = "given.csv"
+    assert cli.main(refine) == 0
+    write_labels("shuffled.csv", given[::-1].copy(), ids[::-1])  # another order, told by the ids
+    assert cli.main(["apply", "refined", "--given", "shuffled.csv", "--out", "labels.csv"]) == 0
+    labels, names = read_labels_and_ids("labels.csv")
+    assert names == ids[::-1]
+    assert labels.tolist() == read_artifact("refined").labels[::-1].tolist()
+    assert cli.main(["revert", "refined", "--labels", "labels.csv", "--out", "again.csv"]) == 0
+    assert Path("again.csv").read_bytes() == Path("shuffled.csv").read_bytes()
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_dry_run_writes_nothing(command: str, refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(refined)
+    for arguments in example(command):
+        changed = [f"new-{one}" if arguments[place - 1] == "--out" else one for place, one in enumerate(arguments)]
+        assert cli.main([*changed, "--dry-run"]) == 0
+        assert json.loads(capsys.readouterr().out)["written"] is False
+    assert files(refined) == before
+
+
+def test_diff_lists_the_changes(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["diff", "refined"]) == 0
+    output = capsys.readouterr()
+    assert output.out == Path("refined/changes.csv").read_text()
+    assert len(output.out.splitlines()) == 16
+    assert "1 -> 0: 5" in output.err
+    assert cli.main(["diff", "given.npy", "refined"]) == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines()[:2] == ['"id","old","new"', "0,1,0"]
+    assert output.err == "15 of 60 labels differ\n"
+    assert cli.main(["diff", "labels.npy", "refined"]) == 0
+    assert cli.main(["export", "labels.npy", "--format", "csv", "--out", "labels.csv"]) == 0
+    write_labels("turned.csv", read_labels("labels.npy")[::-1].copy(), [str(row) for row in range(COUNT)][::-1])
+    assert cli.main(["diff", "labels.csv", "turned.csv"]) == 0  # the ids tell the order
+    write_labels("others.csv", read_labels("labels.npy"), [f"{row}.png" for row in range(COUNT)])
+    capsys.readouterr()
+    assert cli.main(["diff", "labels.csv", "others.csv"]) == 3
+    assert capsys.readouterr().err == "synth-refine: others.csv: expected the ids of labels.csv, got others\n"
+
+
+def test_verify_finds_problems(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "refined", "--labels", "given.npy"]) == 1
+    assert re.fullmatch(r"synth-refine: labels: .* 15 of 60 differ, the first in row 0\n", capsys.readouterr().err)
+    with open("refined/labels.npy", "ab") as file:
+        file.write(b"\0")
+    assert cli.main(["verify", "refined"]) == 1
+    output = capsys.readouterr()
+    assert "is not the file that run.json describes" in output.err
+    assert output.out == ""
+    assert cli.main(["verify", "nothing"]) == 3
+    assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "new.npy"]) == 3
+    assert not Path("new.npy").exists()
+
+
+def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", "cifar10-1-ours.npy"]
+    assert cli.main(["export", "refined", "--format", "plc", *out]) == 3
+    assert "labels: expected 45000, which plc reads, got 60" in capsys.readouterr().err
+    np.save("all.npy", np.arange(45_000) % 10)
+    assert cli.main(["export", "refined", "--format", "plc", *out, "--fill", "all.npy"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"labels": "cifar10-1-ours.npy", "written": True, "count": 45_000}
+    assert "--noise_label_file cifar10-1-ours.npy --noise_level 0" in output.err
+    np.save("long.npy", np.arange(50_000) % 10)
+    assert cli.main(["export", "long.npy", "--format", "lra", *out, "--truncate"]) == 0
+    cifar_n = ["export", "long.npy", "--format", "cifar-n", "--out", "human.pt", "--entry", "aggre_label"]
+    assert cli.main([*cifar_n]) == 3
+    assert cli.main([*cifar_n, "--clean-label", "long.npy"]) == 0
+    assert cli.main(["diff", "human.pt", "long.npy"]) == 3  # which entry?
+    assert read_labels("human.pt", key="aggre_label").tolist() == read_labels("long.npy").tolist()
+
+
+def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
+    from synth_refine.export import _pt, _Rows
+
+    given = np.load("given.npy")
+    Path("human.pt").write_bytes(_pt(_Rows(given, None, Path("human.pt"), None, given, "worse_label")))
+    refine = example("refine")[0]
+    refine[refine.index("given.npy")] = "human.pt"
+    assert cli.main(refine) == 3
+    assert cli.main([*refine, "--key", "worse_label"]) == 0
+    assert read_artifact("refined").given.tolist() == given.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("features.npy", np.zeros((COUNT, 8), int), "features: expected numbers, but features.npy holds int64"),
+        ("features.npy", np.zeros((5, 8)), r"logits: expected shape (5, C), got (60, 3)"),
+        ("features.npy", np.zeros(8), "features: expected shape (N, D), got (8,)"),
+        ("logits.npy", np.zeros(3), "logits: expected shape (N, C), got (3,)"),
+        ("prototypes.npy", np.zeros((3, 8)), "prototypes: expected a finite, non-zero row per class"),
+        ("prototypes.npy", np.zeros((3, 9)), "prototypes: expected shape (3, 8), got (3, 9)"),
+        ("given.npy", np.zeros(5, int), "given: expected shape (60,), got (5,)"),
+        ("given.npy", np.full(COUNT, 3), "given: expected classes 0 to 2, got 3 in row 0"),
+        ("given.npy", np.zeros(COUNT), "labels: expected numbers, but given.npy holds float64"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_3(
+    folder: Path, name: str, array: np.ndarray, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(name, array)
+    assert cli.main(example("refine")[0]) == 3
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"synth-refine: {message}")
+    assert output.err.count("\n") == 1
+    assert not Path("refined").exists()
+
+
+def test_what_cannot_be_scored_is_counted_or_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    features = np.load("features.npy")
+    features[7] = np.nan
+    np.save("features.npy", features)
+    assert cli.main(example("refine")[0]) == 0
+    assert json.loads(capsys.readouterr().out)["abstained"] == 1
+    assert [row for row in Path("refined/changes.csv").read_text().splitlines() if "abstain" in row] == [
+        '7,2,2,"abstain","","","cannot be scored"'
+    ]
+    assert cli.main([*example("refine")[0], "--strict"]) == 3
+
+
+def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("logits.npy", np.tile([9.0, 0, 0], (COUNT, 1)))
+    np.save("features.npy", np.tile(np.eye(8)[0], (COUNT, 1)))
+    assert cli.main(example("refine")[0]) == 0
+    assert "no image is left in class 1, 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["guess"],
+        ["refine"],
+        ["refine", "--thresh", "1"],
+        ["refine", *(word for name in FILES for word in (name, "x")), "--out", "x", "--threshold", "nan"],
+        ["export", "a", "--format", "json-records", "--out", "b"],
+    ],
+)
+def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_in_the_way_is_reported(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    Path("other").mkdir()
+    Path("other/notes.txt").touch()
+    for out, message in {"file": "File exists", "other": "expected an artifact or an empty folder"}.items():
+        assert cli.main([*example("refine")[0][:-1], out]) == 3
+        assert message in capsys.readouterr().err
+    assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "no/where.npy"]) == 3
+    assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "labels.txt"]) == 3
+
+
+def test_an_interrupt_is_no_traceback(
+    refined: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    before = files(refined)
+    assert cli.main(example("refine")[0]) == 130
+    assert capsys.readouterr().err.startswith("synth-refine: interrupted")
+    assert files(refined) == before
+
+
+def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["numpy"] == np.__version__
+    assert {"python", "synth-refine", "torch", "platform"} <= set(found)
+
+
+def test_the_command_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    name, target = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
+    module, function = target.split(":")
+    assert name == "synth-refine"
+    assert getattr(importlib.import_module(module), function) is cli.main
+
+
+def test_a_reader_that_stops_is_no_error(
+    refined: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with `synth-refine diff refined | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["diff", "refined"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
