@@ -75,13 +75,12 @@ class Preprocess:
         pixels = images.float() / 255
         if self.size is not None and self.size != tuple(pixels.shape[2:]):
             height, width = self.size
-            if self.crop:
+            target = self.size
+            if self.crop:  # the longer side is rounded down, as in torchvision's Resize
                 scale = max(height / pixels.shape[2], width / pixels.shape[3])
-                target = (max(height, round(pixels.shape[2] * scale)), max(width, round(pixels.shape[3] * scale)))
-            else:
-                target = self.size
+                target = (max(height, int(pixels.shape[2] * scale)), max(width, int(pixels.shape[3] * scale)))
             pixels = F.interpolate(pixels, target, mode=self.interpolation, antialias=True, align_corners=False)
-            top, left = (target[0] - height) // 2, (target[1] - width) // 2
+            top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
             pixels = pixels[:, :, top : top + height, left : left + width].clamp(0, 1)
         mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
@@ -314,9 +313,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """
     with open_plain("weights", path) as file:
         head = file.read(512)
-    kind = what_is(head)
     is_torch = head.startswith(b"PK\x03\x04")
-    if kind is not None and not is_torch:
+    is_safetensors = head[8:9] == b"{"  # behind the header's length, which may look like the beginning of anything
+    kind = None if is_torch or is_safetensors else what_is(head)
+    if kind is not None:
         raise InputError(f"weights: expected safetensors or a torch state dict, but {path} is {kind}")
     try:
         content: Any = torch.load(path, "cpu", weights_only=True) if is_torch else load_file(path)
