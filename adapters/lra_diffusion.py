@@ -16,7 +16,7 @@ from torch import Tensor
 from adapters.base import Outcome, Split, Task
 from adapters.network import NetworkOptions, build_network, named_accuracies, resolve
 from synth_refine import InputError
-from synth_refine.encode import Encoder, embed_cached, images_hash, module_encoder, open_clip_encoder
+from synth_refine.encode import ClipEncoder, Encoder, embed_cached, images_hash, module_encoder, open_clip_encoder
 from synth_refine.files import read_npy, write_atomic
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
@@ -55,6 +55,22 @@ class SimclrOptions(Options):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
+def named_clip(name: str, weights: str, device: torch.device) -> ClipEncoder:
+    """The project's own CLIP, "glyph-clip", or any other that open_clip knows.
+
+    Args:
+        name: "glyph-clip", or a name or folder that open_clip knows, such as ViT-L-14.
+        weights: Their tag, such as openai, or a file; "" for glyph-clip and folders.
+        device: Where it runs.
+
+    Raises:
+        InputError: No such model, or its weights cannot be fetched or read.
+    """
+    model = str(GLYPH_CLIP) if name == "glyph-clip" else name
+    with seeded(torch.device("cpu"), 0):  # a model is built with random weights before its own are loaded
+        return open_clip_encoder(model, weights or None, device=device)
+
+
 def run_clip(
     task: Task, labels: Tensor, options: Mapping[str, Any], seed: int, checkpoint: Path | None = None
 ) -> Outcome:
@@ -66,9 +82,7 @@ def run_clip(
     image_encoder = _image_encoder(task, config, network, seed)
     encoder: Encoder | None = None
     if task.is_pixels:
-        model = str(GLYPH_CLIP) if config.encoder == "glyph-clip" else config.encoder
-        with seeded(torch.device("cpu"), seed):  # a model is built with random weights before its own are loaded
-            encoder = open_clip_encoder(model, config.weights or None, device=task.train.inputs.device)
+        encoder = named_clip(config.encoder, config.weights, task.train.inputs.device)
     return _run(task, labels, config, network, image_encoder, encoder, seed, checkpoint)
 
 

@@ -50,6 +50,16 @@ class Point:
 Study: TypeAlias = "list[Point]"
 
 
+def on(change: Callable[[Evidence], Evidence], refine: refiners.Refiner) -> Callable[[Evidence], Tensor]:
+    """The refiner on changed evidence."""
+    return lambda evidence: refine(change(evidence))
+
+
+def as_is(evidence: Evidence) -> Evidence:
+    """No change."""
+    return evidence
+
+
 def centred(evidence: Evidence, *, scale: bool = False) -> Evidence:
     """Features of both domains, each centred on its own mean and, with `scale`, divided by its own deviation."""
 
@@ -121,17 +131,19 @@ STUDIES: dict[str, Study] = {
         for value in (0, 0.25, 0.5, 0.75, 0.9, 1)
     ],
     "images": [
-        Point(name, count, lambda evidence, count=count, refine=refine: refine(fewer_images(evidence, count)))
+        Point(name, count, on(partial(fewer_images, count=count), refine))
         for name, refine in {**SIMPLE, "anchored": refiners.anchored}.items()
         for count in (1, 3, 10, 30, 100, 300, 480)
     ],
-    "prototypes": [
-        Point("zero-shot", count, partial(several_prototypes, count=count)) for count in (1, 2, 4, 8, 16)
-    ],
+    "prototypes": [Point("zero-shot", count, partial(several_prototypes, count=count)) for count in (1, 2, 4, 8, 16)],
     "centring": [
         Point(name, how, lambda evidence, refine=refine, place=place: refine(place(evidence)))
         for name, refine in SIMPLE.items()
-        for how, place in (("none", lambda e: e), ("mean", centred), ("mean and deviation", partial(centred, scale=True)))
+        for how, place in (
+            ("none", lambda e: e),
+            ("mean", centred),
+            ("mean and deviation", partial(centred, scale=True)),
+        )
     ],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
     "discard": [
@@ -144,7 +156,7 @@ STUDIES: dict[str, Study] = {
     ],
 }
 TRAINED = {"discard"}
-"""Studies whose figure is the test accuracy of `standard` at the best epoch on noisy validation; else it is the noise."""
+"""Studies of the test accuracy of `standard`, at the best epoch on noisy validation; the others look at the noise."""
 
 
 def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any]) -> Record:
@@ -231,7 +243,8 @@ def picture(records: Sequence[Record], path: Path) -> None:
             points = [point for point in record["points"] if point["series"] == name]
             values = [point["value"] for point in points]
             label = f"{name}, {record['noise']}" + (f", seed {record['seed']}" if record["seed"] else "")
-            axes.plot(values, [figure_of(study, point) for point in points], marker="o", label=label)
+            figures = [figure_of(study, point) for point in points]
+            axes.plot(values, [np.nan if figure is None else figure for figure in figures], marker="o", label=label)
     if study in ("images", "prototypes"):
         axes.set_xscale("log")
     if any(isinstance(point["value"], str) for point in records[0]["points"]):

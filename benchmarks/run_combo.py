@@ -26,12 +26,14 @@ import yaml
 from torch import Tensor
 
 from adapters import ADAPTERS, SOFT_LABELS, Split, check_options
+from adapters.lra_diffusion import named_clip
 from adapters.standard import InitialClassifier, initial_classifier
 from benchmarks import data
 from benchmarks.records import Record, digest, environment, read_records, tensor_digest, write_record
 from benchmarks.refiners import REFINERS, SOFT_REFINERS, Evidence
 from benchmarks.table import table
 from synth_refine import InputError
+from synth_refine.encode import embed_cached
 from synth_refine.files import file_hash
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -39,6 +41,7 @@ KEYS = {
     "dataset",
     "noise",
     "encoder",
+    "encoder_weights",
     "synthetic_per_class",
     "refiners",
     "threshold",
@@ -150,7 +153,7 @@ def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str,
     if refiner == "paper":
         settings["refiner"] = {key: config[key] for key in ("threshold", "weight") if key in config}
     if refiner != "none":
-        settings["encoder"] = config.get("encoder", "classifier")
+        settings["encoder"] = [config.get("encoder", "classifier"), config.get("encoder_weights", "")]
         settings["synthetic_per_class"] = config.get("synthetic_per_class")
     if refiner != "none" or method == "relabel":
         settings["initial"] = config.get("initial") or {}
@@ -250,7 +253,7 @@ class Refined:
         """What refiners look at."""
         if self._evidence is None:
             task = self.benchmark.task
-            features, synthetic = self._embeddings()
+            features, synthetic, text_prototypes = self._embeddings()
             self._evidence = Evidence(
                 features,
                 self.initial.train_logits,
@@ -259,6 +262,7 @@ class Refined:
                 task.synthetic.labels,
                 task.num_classes,
                 self.given.seed,
+                text_prototypes,
             )
         return self._evidence
 
@@ -273,16 +277,21 @@ class Refined:
             self._labels[refiner] = labels, time.perf_counter() - start
         return self._labels[refiner]
 
-    def _embeddings(self) -> tuple[Tensor, Tensor]:
-        """Features of the training and the synthetic images by the config's encoder."""
+    def _embeddings(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features of training and synthetic images by the config's encoder, and its text prototypes if it reads."""
         encoder, task = self._config.get("encoder", "classifier"), self.benchmark.task
         if encoder == "classifier":
-            return self.initial.train_features, self.initial.synthetic_features
+            return self.initial.train_features, self.initial.synthetic_features, None
+        if task.is_pixels == (encoder == "given"):
+            wanted = (
+                "classifier or the name of a CLIP for pixels" if task.is_pixels else "classifier or given for features"
+            )
+            raise InputError(f"encoder: expected {wanted}, got {encoder!r}")
         if encoder == "given":
-            if task.is_pixels:
-                raise InputError("encoder: expected classifier for pixels, got 'given', which is for features")
-            return task.train.inputs, task.synthetic.inputs
-        raise InputError(f"encoder: expected classifier or given, got {encoder!r}")
+            return task.train.inputs, task.synthetic.inputs, None
+        clip = named_clip(encoder, self._config.get("encoder_weights", ""), task.train.inputs.device)
+        features, synthetic = (embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic))
+        return features, synthetic, clip.text_prototypes(self.benchmark.class_names)
 
 
 def _execute_one(run: Run, refined: Refined, device: str) -> Record:

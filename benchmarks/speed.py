@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: python benchmarks/speed.py refine.
+"""Speed as ratios within one run: python benchmarks/speed.py refine | lra.
 
 Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
 in the same process, and the median of the rounds counts.
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.records import digest, environment, write_record
+from benchmarks.speed_lra import lra
 from synth_refine import refine_labels
 
 SIZES = [(45_000, 512, 10), (200_000, 768, 1000)]  # images, features, classes
@@ -124,7 +125,7 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-BENCHMARKS = {"refine": refine}
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {"refine": refine, "lra": lambda: [lra()]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
