@@ -19,11 +19,12 @@ import random
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import open_clip
+import open_clip  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -35,7 +36,7 @@ from synth_refine.generate import render_glyphs
 
 FOLDER = Path(__file__).parent / "glyph_clip"
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 64,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 12, "head_width": 32},
@@ -105,7 +106,8 @@ def distort(images: Tensor, scan: float = 0.8) -> Tensor:
 
 def build() -> torch.nn.Module:
     """The model with fresh weights."""
-    return open_clip.CLIP(**json.loads(json.dumps(CONFIG["model_cfg"])), output_dict=False)
+    model: torch.nn.Module = open_clip.CLIP(**json.loads(json.dumps(CONFIG["model_cfg"])), output_dict=False)
+    return model
 
 
 def train(steps: int, per_character: int = 240, groups: int = 3, lr: float = 0.003, seed: int = 0) -> torch.nn.Module:
@@ -122,7 +124,7 @@ def train(steps: int, per_character: int = 240, groups: int = 3, lr: float = 0.0
     draw = random.Random(seed)
     characters, pictures = glyphs(per_character, seed)
     model = build()
-    model.visual.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["model_cfg"]["text_cfg"]["context_length"])
     captions = [[caption.format(name) for name in names_of(one) for caption in CAPTIONS] for one in characters]
     tokens = [tokenizer(list(texts)) for texts in captions]
@@ -141,11 +143,11 @@ def train(steps: int, per_character: int = 240, groups: int = 3, lr: float = 0.0
         pairs = zip(image_features.chunk(groups), text_features.chunk(groups), strict=True)
         loss = torch.stack([loss_of(*pair, scale) for pair in pairs]).mean()
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
         optimiser.step()
         schedule.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6052)  # the paper's limit, a factor of 100
+            model.get_parameter("logit_scale").clamp_(max=4.6052)  # the paper's limit, a factor of 100
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model.eval()

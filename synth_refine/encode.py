@@ -140,7 +140,7 @@ class TorchEncoder:
         state = [*self.module.parameters(), *self.module.buffers()]
         device = state[0].device if state else images.device
         parts = []
-        for batch in tqdm(images.split(self.batch_size), self.name, disable=None, leave=False):
+        for batch in tqdm(torch.split(images, self.batch_size), self.name, disable=None, leave=False):
             pixels = batch.to(device)
             features = self._forward(pixels if self.preprocess is None else self.preprocess(pixels)).float()
             if features.ndim != 2 or not bool(features.isfinite().all()):
@@ -278,6 +278,7 @@ def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch
     """
     try:
         import timm
+        from timm.data.config import resolve_data_config
     except ImportError as error:
         raise ImportError("timm encoders need timm: pip install timm") from error
     try:
@@ -287,7 +288,7 @@ def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch
     if weights is not None:
         wanted = set(network.state_dict())
         load_weights(network, weights, keep=wanted)
-    settings = timm.data.resolve_data_config({}, model=network)
+    settings = resolve_data_config({}, model=network)  # type: ignore[no-untyped-call]
     preprocess = Preprocess(
         tuple(settings["input_size"][1:]),
         settings["crop_mode"] != "squash",
@@ -332,7 +333,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             raise InputError(f"weights: {name} in {path} holds NaN or infinity")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content
+    weights: dict[str, Tensor] = content
+    return weights
 
 
 def load_weights(module: nn.Module, path: Path | str, loader: Any = None, keep: set[str] | None = None) -> None:
@@ -379,7 +381,7 @@ def _unfetched(model: str, weights: object, error: Exception) -> str:
     """What to give where weights could not be had."""
     source = model
     try:
-        from open_clip.pretrained import get_pretrained_cfg
+        from open_clip.pretrained import get_pretrained_cfg  # type: ignore[import-untyped]
 
         source = get_pretrained_cfg(model, str(weights)).get("hf_hub", "").rstrip("/") or model
     except ImportError:
@@ -397,8 +399,8 @@ def _unfetched(model: str, weights: object, error: Exception) -> str:
 def images_hash(images: Tensor) -> str:
     """SHA-256 of the shape, the type and every byte of a tensor."""
     digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
-    for part in images.split(SHARD_ROWS):
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for part in torch.split(images, SHARD_ROWS):
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -430,7 +432,7 @@ def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, shard_
     place.mkdir(parents=True, exist_ok=True)
     listed = _listed(place / "manifest.json", about)
     parts = []
-    for number, rows in enumerate(tqdm(images.split(shard_rows), "embedding", disable=None, leave=False)):
+    for number, rows in enumerate(tqdm(torch.split(images, shard_rows), "embedding", disable=None, leave=False)):
         shard = place / f"shard-{number:05d}.npy"
         features = _shard(shard, listed.get(shard.name), len(rows))
         if features is None:

@@ -20,8 +20,8 @@ from third_party import loop
 QUICK: dict[str, Any] = {"epochs": 3, "batch_size": 16}
 NETWORK: dict[str, dict[str, Any]] = {"pixels": {"network": "resnet_small"}, "features": {"hidden": 16}}
 OWN: dict[str, dict[str, Any]] = {
-    "lra-clip": {"warmup": 1, "measure_every": 1, "width": 16},
-    "lra-simclr": {"warmup": 1, "measure_every": 1, "width": 16, "simclr": {"encoder": "resnet_small", "epochs": 1}},
+    "lra-clip": {"warmup": 0, "measure_every": 1, "width": 16},
+    "lra-simclr": {"warmup": 0, "measure_every": 1, "width": 16, "simclr": {"encoder": "resnet_small", "epochs": 1}},
 }
 PIXELS_ONLY = {"lra-simclr"}
 SELECTIONS = ("last", "best_noisy_validation", "best_clean_validation")

@@ -72,11 +72,14 @@ def test_schedule_matches_the_published_values() -> None:
 def slow_denoise(denoiser: Denoiser, noisy: Tensor, step: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
     """The network as it is described, the label vector and the features joined."""
     hidden = torch.cat([noisy, features], dim=1)
-    for index, (layer, norm) in enumerate(zip(denoiser.layers, denoiser.norms, strict=True)):
+    for index, (layer, norm) in enumerate(
+        zip((denoiser.first, denoiser.second, denoiser.third), denoiser.norms, strict=True)
+    ):
         hidden = nn.functional.softplus(norm(layer.linear(hidden) * layer.gain.weight[step]))
         if index == 0:
             hidden = denoiser.embedding_norm(embedding) * hidden
-    return denoiser.head(hidden)
+    noise: Tensor = denoiser.head(hidden)
+    return noise
 
 
 @pytest.mark.parametrize("training", [False, True])

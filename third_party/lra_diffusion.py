@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 Measure = Callable[[Predict], Mapping[str, float]]
 """Figures by name; whoever writes it knows labels that the loop must not see."""
+
+
+Weights = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,8 @@ class Denoiser(nn.Module):
     def __init__(self, num_classes: int, feature_dim: int, width: int = 512, steps: int = 1000) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.layers = nn.ModuleList(
-            GatedLinear(width_in, width, steps) for width_in in (num_classes + feature_dim, width, width)
-        )
+        self.first = GatedLinear(num_classes + feature_dim, width, steps)
+        self.second, self.third = (GatedLinear(width, width, steps) for _ in range(2))
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(3))
         self.embedding_norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, num_classes)
@@ -133,17 +136,15 @@ class Denoiser(nn.Module):
             features: Of the frozen encoder, (B, P).
             embedding: Of the image encoder, (B, E).
         """
-        linear = self.layers[0].linear
-        assert isinstance(linear, nn.Linear)
+        linear = self.first.linear
         return F.linear(features, linear.weight[:, self.num_classes :], linear.bias), self.embedding_norm(embedding)
 
     def forward(self, noisy: Tensor, step: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
         """The noise in `noisy`, (B, C), at `step`, (B,) int64, under a condition from `condition`."""
         shared, gate = condition
-        first, *others = self.layers
-        hidden = shared + F.linear(noisy, first.linear.weight[:, : self.num_classes])  # (B, E)
-        hidden = gate * F.softplus(self.norms[0](first.gain(step) * hidden))
-        for layer, norm in zip(others, self.norms[1:], strict=True):
+        hidden = shared + F.linear(noisy, self.first.linear.weight[:, : self.num_classes])  # (B, E)
+        hidden = gate * F.softplus(self.norms[0](self.first.gain(step) * hidden))
+        for layer, norm in zip((self.second, self.third), self.norms[1:], strict=True):
             hidden = F.softplus(norm(layer.gain(step) * layer.linear(hidden)))
         noise: Tensor = self.head(hidden)
         return noise
@@ -297,7 +298,8 @@ def loss_of(network: LabelDiffusion, inputs: Tensor, features: Tensor, targets: 
     noisy = left.sqrt() * clean + (1 - left).sqrt() * noise
     embedding = network.image_encoder(inputs).float()
     predicted = network.denoiser(noisy, steps, network.denoiser.condition(features, embedding))
-    return (weights * (predicted - noise).square().mean(dim=1)).sum()
+    loss: Tensor = (weights * (predicted - noise).square().mean(dim=1)).sum()
+    return loss
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -321,14 +323,16 @@ def predictor(network: LabelDiffusion, config: Config) -> Predict:
         network.eval()
         if not config.encoder_eval_mode:
             network.image_encoder.train()
-        batches = zip(inputs.split(config.measure_batch), features.split(config.measure_batch), strict=True)
-        return torch.cat([decide(network.sample(*batch, config.sampling_steps)) for batch in batches])
+        batches = zip(
+            torch.split(inputs, config.measure_batch), torch.split(features, config.measure_batch), strict=True
+        )
+        return torch.cat([decide(network.sample(some, of, config.sampling_steps)) for some, of in batches])
 
     return predict
 
 
-def _average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+def _average(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
+    def update(averaged: Weights, current: Weights, updates: Tensor | int) -> None:
         done = int(updates)
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
 
@@ -339,7 +343,7 @@ def _check(
     network: LabelDiffusion, inputs: Tensor, features: Tensor, labels: Tensor, config: Config, neighbours: Tensor | None
 ) -> None:
     count, num_classes = len(inputs), network.denoiser.num_classes
-    feature_dim = network.denoiser.layers[0].linear.in_features - num_classes
+    feature_dim = network.denoiser.first.linear.in_features - num_classes
     if tuple(features.shape) != (count, feature_dim) or features.dtype != torch.float32:
         raise ValueError(
             f"features: expected ({count}, {feature_dim}) float32, got {tuple(features.shape)} {features.dtype}"
@@ -394,6 +398,7 @@ def train(
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.Adam([{"params": list(part.parameters())} for part in trained], lr=config.lr, fused=fused)
     average = AveragedModel(network, multi_avg_fn=_average(config.ema_decay)) if config.use_ema else None
+    predicting = network if average is None else cast(LabelDiffusion, average.module)
 
     history: list[dict[str, float]] = []
     found = f"{zlib.crc32(neighbours.cpu().numpy().tobytes()):08x}"  # another encoder finds other ones
@@ -431,7 +436,7 @@ def train(
             figures: Mapping[str, float] = {}
             last = epoch == config.epochs - 1
             if last or (epoch >= config.warmup and epoch % config.measure_every == 0):
-                figures = measure(predictor(network if average is None else average.module, config))
+                figures = measure(predictor(predicting, config))
         history.append({"epoch": float(epoch), "lr": rate, "loss": mean_loss, **figures})
         averaged = {} if average is None else average.state_dict()
         progress.save(
@@ -445,5 +450,5 @@ def train(
         )
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
     if average is not None:
-        network.load_state_dict(average.module.state_dict())
+        network.load_state_dict(predicting.state_dict())
     return Result(history)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet50
+from torchvision.models import resnet50  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from third_party.loop import Progress, seeded, shuffled_batches
@@ -66,8 +66,8 @@ class ResNet50(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
         self.network = resnet50(weights=None)
         self.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.network.maxpool = nn.Identity()  # type: ignore[assignment]
-        self.network.fc = nn.Identity()  # type: ignore[assignment]
+        self.network.maxpool = nn.Identity()
+        self.network.fc = nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
         """Averaged activations of the last stage, (B, 2048), of pixels in [0, 255]."""
@@ -192,7 +192,7 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) < 2:
         raise ValueError(f"images: expected (N, 3, H, W) uint8, N >= 2, got {tuple(images.shape)} {images.dtype}")
     device = images.device
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+    model.to(memory_format=torch.channels_last)
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     history: list[dict[str, float]] = []
@@ -266,7 +266,7 @@ def knn_accuracy(
     bank = F.normalize(bank, dim=1)
     votes_of = F.one_hot(bank_labels).float()
     right = 0
-    for part, truth in zip(F.normalize(queries, dim=1).split(chunk), labels.split(chunk), strict=True):
+    for part, truth in zip(torch.split(F.normalize(queries, dim=1), chunk), torch.split(labels, chunk), strict=True):
         similarity, rows = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
         votes = ((similarity / 0.5).exp()[:, :, None] * votes_of[rows]).sum(dim=1)  # (chunk, C)
         right += int((votes.argmax(dim=1) == truth).sum())
