@@ -192,7 +192,6 @@ def test_an_example_is_three_lines() -> None:
     assert all(example.count("\n") == 3 for example in EXAMPLES.values())
 
 
-@pytest.mark.skipif("## In your codebase" not in README.read_text(), reason="the README has no such section yet")
 def test_the_readme_shows_these_examples() -> None:
     text = README.read_text()
     assert IMPORTS in text
