@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet50  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from third_party.loop import Progress, seeded, shuffled_batches
@@ -61,6 +60,8 @@ class ResNet50(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take the mean and standard deviation of each channel, for pixels in [0, 1]."""
+        from torchvision.models import resnet50  # type: ignore[import-untyped]  # takes seconds to import
+
         super().__init__()
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
