@@ -147,12 +147,12 @@ STUDIES: dict[str, Study] = {
     ],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
     "discard": [
-        Point("standard", "all", lambda evidence: evidence.given),
+        Point("standard", "all", refiners.none),
         Point("standard", "random discard", partial(published_filter, at_random=True)),
         Point("standard", "published filter", published_filter),
         Point("standard", "published filter + synthetic", published_filter, add_synthetic=True),
         Point("standard", "relabel (paper)", refiners.paper),
-        Point("standard", "all + synthetic", lambda evidence: evidence.given, add_synthetic=True),
+        Point("standard", "all + synthetic", refiners.none, add_synthetic=True),
     ],
 }
 TRAINED = {"discard"}

@@ -153,7 +153,9 @@ def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str,
     if refiner == "paper":
         settings["refiner"] = {key: config[key] for key in ("threshold", "weight") if key in config}
     if refiner != "none":
-        settings["encoder"] = [config.get("encoder", "classifier"), config.get("encoder_weights", "")]
+        settings["encoder"] = config.get("encoder", "classifier")
+        if "encoder_weights" in config:
+            settings["encoder_weights"] = config["encoder_weights"]
         settings["synthetic_per_class"] = config.get("synthetic_per_class")
     if refiner != "none" or method == "relabel":
         settings["initial"] = config.get("initial") or {}
