@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from synth_refine import class_prototypes, refine_labels
+from synth_refine.anchored import Posterior, anchored_posterior, cross_fit, standardised
+from synth_refine.decide import check_row_order, decide, prototype_classes
+
+VOTE_ROWS = 1024  # rows of a block of neighbours
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,69 @@ def zero_shot(evidence: Evidence) -> Tensor:
     return decision.apply(evidence.given)
 
 
+def anchored(evidence: Evidence, margin: float | None = None, rounds: int = 12) -> Tensor:
+    """The most probable true class where `decide` changes the label, the given label elsewhere."""
+    return decide(_posterior(evidence, rounds), evidence.given, margin=margin).apply(evidence.given)
+
+
+def anchored_soft(evidence: Evidence, rounds: int = 12) -> Tensor:
+    """The posterior of the true class as soft labels."""
+    posterior = _posterior(evidence, rounds).posterior
+    assert isinstance(posterior, Tensor)
+    return posterior
+
+
+def cleanlab(evidence: Evidence) -> Tensor:
+    """Confident learning: the issues that cleanlab finds get the class that a cross-fitted head says.
+
+    The head is the anchored refiner's, trained on the given labels and without the synthetic images.
+    """
+    from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(evidence.seed)
+        real, reference, _ = standardised(evidence.features.float(), evidence.synthetic.float())
+        targets = F.one_hot(evidence.given, evidence.num_classes).float()
+        nothing = reference[:0], evidence.synthetic_labels[:0]
+        opinion, _ = cross_fit(real, targets, *nothing, seed=evidence.seed)
+    issues = find_label_issues(evidence.given.cpu().numpy(), opinion.double().cpu().numpy(), n_jobs=1)
+    return torch.where(torch.from_numpy(issues).to(evidence.given.device), opinion.argmax(dim=1), evidence.given)
+
+
+def knn_vote(evidence: Evidence, neighbours: int = 10) -> Tensor:
+    """The commonest given label among the nearest images by cosine and the image itself, as in SimiFeat.
+
+    Zhu, Dong, Liu, ICML 2022, https://arxiv.org/abs/2110.06283. Exact, in blocks; ties go to the given label, then
+    to the lower class.
+    """
+    directions = F.normalize(evidence.features.float(), dim=1)
+    onehot = F.one_hot(evidence.given, evidence.num_classes).float()
+    labels = evidence.given.clone()
+    count = min(neighbours + 1, directions.shape[0])  # the image is its own nearest neighbour
+    for start in range(0, directions.shape[0], VOTE_ROWS):
+        rows = slice(start, start + VOTE_ROWS)
+        nearest = (directions[rows] @ directions.T).topk(count, dim=1).indices  # (n, k)
+        votes = onehot[nearest].sum(dim=1) + onehot[rows] / 2
+        labels[rows] = votes.argmax(dim=1)
+    return labels
+
+
+def _posterior(evidence: Evidence, rounds: int) -> Posterior:
+    opinion = prototype_classes(evidence.features, evidence.synthetic, evidence.synthetic_labels, evidence.num_classes)
+    opinions = torch.from_numpy(opinion).to(evidence.given.device)
+    check_row_order(evidence.given, opinions, evidence.num_classes)
+    return anchored_posterior(
+        evidence.features,
+        evidence.given,
+        evidence.synthetic,
+        evidence.synthetic_labels,
+        num_classes=evidence.num_classes,
+        text_prototypes=evidence.text_prototypes,
+        seed=evidence.seed,
+        rounds=rounds,
+    )
+
+
 def _prototypes(evidence: Evidence) -> Tensor:
     return class_prototypes(evidence.synthetic, evidence.synthetic_labels, evidence.num_classes)
 
@@ -59,6 +127,10 @@ REFINERS: dict[str, Refiner] = {
     "none": none,
     "paper": paper,
     "zero-shot": zero_shot,
+    "anchored": anchored,
+    "anchored-soft": anchored_soft,
+    "cleanlab": cleanlab,
+    "knn-vote": knn_vote,
 }
 
 SOFT_REFINERS: frozenset[str] = frozenset()
