@@ -141,7 +141,7 @@ def test_it_learns_the_digits_in_under_a_minute_of_processor_time() -> None:
     large = np.stack([np.asarray(Image.fromarray(one).resize((32, 32), Image.Resampling.LANCZOS)) for one in small])
     pictures, truth = torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(data.target)
     torch.manual_seed(0)
-    config = replace(SMALL, epochs=4, batch_size=200, smallest_crop=0.4)
+    config = replace(SMALL, epochs=3, batch_size=200, smallest_crop=0.4)
     model = simclr.build(config)
 
     def readout() -> float:
