@@ -133,5 +133,5 @@ REFINERS: dict[str, Refiner] = {
     "knn-vote": knn_vote,
 }
 
-SOFT_REFINERS: frozenset[str] = frozenset()
+SOFT_REFINERS = frozenset({"anchored-soft"})
 """Refiners that give soft labels."""

@@ -137,14 +137,11 @@ STUDIES: dict[str, Study] = {
     ],
     "prototypes": [Point("zero-shot", count, partial(several_prototypes, count=count)) for count in (1, 2, 4, 8, 16)],
     "centring": [
-        Point(name, how, lambda evidence, refine=refine, place=place: refine(place(evidence)))
+        Point(name, how, on(place, refine))
         for name, refine in SIMPLE.items()
-        for how, place in (
-            ("none", lambda e: e),
-            ("mean", centred),
-            ("mean and deviation", partial(centred, scale=True)),
-        )
+        for how, place in {"none": as_is, "mean": centred, "mean and deviation": partial(centred, scale=True)}.items()
     ],
+    "rounds": [Point("anchored", value, partial(refiners.anchored, rounds=value)) for value in (1, 2, 4, 8, 12, 16)],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
     "discard": [
         Point("standard", "all", refiners.none),
