@@ -121,8 +121,16 @@ def published_filter(evidence: Evidence, *, at_random: bool = False) -> Tensor:
     return labels
 
 
-SIMPLE = {"zero-shot": refiners.zero_shot, "paper": refiners.paper}
+PLACES: dict[str, Callable[[Evidence], Evidence]] = {
+    "none": as_is,
+    "mean": centred,
+    "mean and deviation": partial(centred, scale=True),
+}
+SIMPLE: dict[str, refiners.Refiner] = {"zero-shot": refiners.zero_shot, "paper": refiners.paper}
 STUDIES: dict[str, Study] = {
+    "refiners": [
+        Point("", name, refine) for name, refine in refiners.REFINERS.items() if name not in refiners.SOFT_REFINERS
+    ],
     "threshold": [
         Point("paper", value, partial(refiners.paper, threshold=value)) for value in (0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     ],
@@ -137,9 +145,7 @@ STUDIES: dict[str, Study] = {
     ],
     "prototypes": [Point("zero-shot", count, partial(several_prototypes, count=count)) for count in (1, 2, 4, 8, 16)],
     "centring": [
-        Point(name, how, on(place, refine))
-        for name, refine in SIMPLE.items()
-        for how, place in {"none": as_is, "mean": centred, "mean and deviation": partial(centred, scale=True)}.items()
+        Point(name, how, on(place, refine)) for name, refine in SIMPLE.items() for how, place in PLACES.items()
     ],
     "rounds": [Point("anchored", value, partial(refiners.anchored, rounds=value)) for value in (1, 2, 4, 8, 12, 16)],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
