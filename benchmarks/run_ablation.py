@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +30,10 @@ from adapters import ADAPTERS, Split
 from benchmarks import refiners
 from benchmarks.records import Record, digest, environment, read_records, write_record
 from benchmarks.refiners import Evidence
-from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, load, resolve_config
+from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, resolve_config
 from benchmarks.table import markdown
 from synth_refine import InputError, class_prototypes, refine_labels
+from synth_refine.files import write_atomic
 
 DISCARDED = -1
 PUBLISHED_FILTER = {"threshold": 0.8, "per_class": 300}  # of the paper's code; its iterative variant is left out
@@ -193,6 +195,13 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
     path = refined.given.folder / "ablation" / name
     if path.exists():
         return read_records([path])[0]
+    unfinished = refined.work / name
+    points: list[Record] = json.loads(unfinished.read_text()) if unfinished.exists() else []
+    for point in STUDIES[study][len(points) :]:
+        points.append(measure(study, point, refined, config))
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomic(unfinished) as file:
+            file.write(json.dumps(points).encode())
     record: Record = {
         "study": study,
         "dataset": refined.benchmark.name,
@@ -200,9 +209,10 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
         "seed": refined.given.seed,
         "settings": settings,
         "environment": environment(torch.device(device)),
-        "points": [measure(study, point, refined, config) for point in STUDIES[study]],
+        "points": points,
     }
     write_record(path, record)
+    unfinished.unlink()
     return record
 
 
@@ -272,12 +282,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if study not in STUDIES:
                 raise InputError(f"study: expected one of {', '.join(STUDIES)}, got {study!r}")
         config = resolve_config(options)
-        refined = [Refined(given, load(given, config, options), config) for given in given_labels(config, options)]
+        records: dict[str, list[Record]] = {study: [] for study in studies}
+        groups = given_labels(config, options)
+        for given in groups:  # one task in memory at a time
+            refined = Refined(given, config, options)
+            for study in studies:
+                records[study].append(run(study, refined, config, options.device))
         for study in studies:
-            records = [run(study, one, config, options.device) for one in refined]
-            path = refined[0].given.folder / "ablation" / f"{study}.png"
-            picture(records, path)
-            print(f"{study_table(records)}\n\n{path}\n")
+            path = groups[0].folder / "ablation" / f"{study}.png"
+            picture(records[study], path)
+            print(f"{study_table(records[study])}\n\n{path}\n")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.
             yield from read_records([run.path])
             continue
         if refined is None or refined.given != run.labels:
-            refined = Refined(run.labels, load(run.labels, config, arguments), config)
+            refined = Refined(run.labels, config, arguments)
         yield _execute_one(run, refined, arguments.device)
 
 
@@ -224,49 +225,40 @@ def first_per_class(split: Split, count: int) -> Split:
 class Refined:
     """Refined labels of one task and seed; the initial classifier and each refiner run once, when first asked for."""
 
-    def __init__(self, given: GivenLabels, benchmark: data.Benchmark, config: Mapping[str, Any]) -> None:
+    def __init__(self, given: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> None:
         """Remember what to work on."""
-        self.given, self.benchmark = given, benchmark
-        self._config = config
-        self._initial: InitialClassifier | None = None
-        self._evidence: Evidence | None = None
+        self.given = given
+        self.work = given.folder.parent / ".work"  # for what a killed run goes on from
+        self._config, self._arguments = config, arguments
         self._labels: dict[str, tuple[Tensor, float]] = {}
 
-    @property
-    def work(self) -> Path:
-        """Folder for what a killed run goes on from."""
-        return self.given.folder.parent / ".work"
+    @cached_property
+    def benchmark(self) -> data.Benchmark:
+        """The task, on the device."""
+        return load(self.given, self._config, self._arguments)
 
-    @property
+    @cached_property
     def initial(self) -> InitialClassifier:
         """The classifier trained on the given labels."""
-        if self._initial is None:
-            options = self._config.get("initial") or {}
-            task = self.benchmark.task
-            name = digest(
-                [tensor_digest(task.train.inputs), tensor_digest(task.train.labels), self.given.seed, options]
-            )
-            checkpoint = self.work / f"initial_{name}.safetensors"
-            self._initial = initial_classifier(task, options, self.given.seed, checkpoint)
-        return self._initial
+        task, options = self.benchmark.task, self._config.get("initial") or {}
+        name = digest([tensor_digest(task.train.inputs), tensor_digest(task.train.labels), self.given.seed, options])
+        return initial_classifier(task, options, self.given.seed, self.work / f"initial_{name}.safetensors")
 
-    @property
+    @cached_property
     def evidence(self) -> Evidence:
         """What refiners look at."""
-        if self._evidence is None:
-            task = self.benchmark.task
-            features, synthetic, text_prototypes = self._embeddings()
-            self._evidence = Evidence(
-                features,
-                self.initial.train_logits,
-                task.train.labels,
-                synthetic,
-                task.synthetic.labels,
-                task.num_classes,
-                self.given.seed,
-                text_prototypes,
-            )
-        return self._evidence
+        task = self.benchmark.task
+        features, synthetic, text_prototypes = self._embeddings()
+        return Evidence(
+            features,
+            self.initial.train_logits,
+            task.train.labels,
+            synthetic,
+            task.synthetic.labels,
+            task.num_classes,
+            self.given.seed,
+            text_prototypes,
+        )
 
     def labels(self, refiner: str) -> tuple[Tensor, float]:
         """A refiner's labels and the seconds it took, without the initial classifier's training."""

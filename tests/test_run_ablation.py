@@ -1,0 +1,73 @@
+"""Studies: one record each, resumed at the next setting, shown as a table and a picture."""
+
+import pytest
+from conftest import command
+
+from benchmarks import refiners, run_ablation
+from benchmarks.records import read_records
+
+
+def study(name, arrays, out, *more):
+    return ["--study", name, *command(arrays, out, *more)]
+
+
+@pytest.mark.parametrize("name", ["threshold", "weight", "prototypes", "centring"])
+def test_a_study_has_a_record_a_table_and_a_picture(name, arrays, tmp_path, capsys):
+    assert run_ablation.main(study(name, arrays, tmp_path)) == 0
+    out = capsys.readouterr().out
+    [record] = read_records([tmp_path / "blobs" / "ablation"])
+    points = run_ablation.STUDIES[name]
+    assert [point["value"] for point in record["points"]] == [point.value for point in points]
+    assert out.count("\n| ") == len(points)
+    assert all(f"{point['labels']['noise_after']:.1%}" in out for point in record["points"])
+    assert (tmp_path / "blobs" / "ablation" / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_killed_study_goes_on_at_its_next_setting(arrays, tmp_path, monkeypatch, capsys):
+    counted = []
+    original = run_ablation.measure
+
+    def measure(study, point, refined, config):
+        counted.append(point.value)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        return original(study, point, refined, config)
+
+    monkeypatch.setattr(run_ablation, "measure", measure)
+    arguments = study("threshold", arrays, tmp_path)
+    assert run_ablation.main(arguments) == 130
+    assert not (tmp_path / "blobs").exists()
+    assert run_ablation.main(arguments) == 0
+    values = [point.value for point in run_ablation.STUDIES["threshold"]]
+    assert counted == values[:3] + values[2:]
+    assert not list((tmp_path / ".work").glob("*.json"))
+
+
+def test_discarding_takes_the_same_number_from_every_class(arrays, tmp_path, monkeypatch):
+    monkeypatch.setitem(run_ablation.PUBLISHED_FILTER, "per_class", 10)
+    assert run_ablation.main(study("discard", arrays, tmp_path)) == 0
+    [record] = read_records([tmp_path / "blobs" / "ablation"])
+    kept = {point["value"]: point["kept"] for point in record["points"]}
+    assert kept == {
+        "all": 200,
+        "random discard": 170,
+        "published filter": 170,
+        "published filter + synthetic": 170,
+        "relabel (paper)": 200,
+        "all + synthetic": 200,
+    }
+    noise = {point["value"]: point["labels"]["noise_after"] for point in record["points"]}
+    assert noise["published filter"] < noise["random discard"]
+    assert all(0 <= point["test_accuracy"]["last"] <= 1 for point in record["points"])
+
+
+def test_studies_that_cannot_run_say_why(arrays, tmp_path, capsys):
+    assert run_ablation.main(study("modality", arrays, tmp_path)) == 3
+    assert "error: study: expected an encoder that reads text" in capsys.readouterr().err
+    assert run_ablation.main(study("luck", arrays, tmp_path)) == 3
+    assert "error: study: expected one of refiners, threshold" in capsys.readouterr().err
+
+
+def test_every_refiner_but_the_soft_ones_is_compared():
+    compared = {point.value for point in run_ablation.STUDIES["refiners"]}
+    assert compared == set(refiners.REFINERS) - refiners.SOFT_REFINERS
