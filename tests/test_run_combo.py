@@ -1,7 +1,6 @@
 """The benchmark from its command line: what runs, what is recorded, what is refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -108,22 +107,35 @@ def without_times(records):
     return [{key: value for key, value in record.items() if not key.endswith("_seconds")} for record in records]
 
 
+def test_ctrl_c_leaves_whole_records_and_the_same_command_goes_on(arrays, tmp_path, monkeypatch, capsys):
+    arguments = command(arrays, tmp_path, "--method", "standard,plc", "--refine", "none")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(run_combo.ADAPTERS, "plc", interrupted)
+        assert run_combo.main(arguments) == 130
+    assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
+    assert [record["method"] for record in read_records([tmp_path / "blobs"])] == ["standard"]
+    assert run_combo.main(arguments) == 0
+    assert {record["method"] for record in read_records([tmp_path / "blobs"])} == {"standard", "plc"}
+
+
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_the_same(arrays, tmp_path):
-    """Ctrl-C and kill -9 at odd moments leave whole records and a run that can go on."""
-    options = ["--method", "standard,plc", "methods.plc.epochs=60"]
+def test_killed_in_the_middle_of_a_run_it_ends_the_same(arrays, tmp_path):
+    options = ["--method", "plc", "methods.plc.epochs=200", "--refine", "none"]
     assert run_combo.main(command(arrays, tmp_path / "whole", *options)) == 0
-    script = [sys.executable, str(ROOT / "benchmarks" / "run_combo.py"), *command(arrays, tmp_path / "cut", *options)]
-    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
-        while process.poll() is None and b"seed 0" not in (line := process.stderr.readline()):
-            assert line
-        time.sleep(0.05)
-        os.kill(process.pid, stop)
-        process.communicate()
-        assert process.returncode == code
-        read_records([tmp_path / "cut" / "blobs"])
-        assert not list((tmp_path / "cut" / "blobs").glob("*.tmp"))
+    script = "import sys; from third_party import loop; loop.CHECKPOINT_SECONDS = 0; from benchmarks import run_combo; "
+    script += "sys.exit(run_combo.main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", script, *command(arrays, tmp_path / "cut", *options)]
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("cut/.work/confused_plc*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("cut/blobs/*"))
     assert run_combo.main(command(arrays, tmp_path / "cut", *options)) == 0
     whole, cut = (without_times(read_records([tmp_path / name / "blobs"])) for name in ("whole", "cut"))
     assert whole == cut
