@@ -23,8 +23,12 @@ from synth_refine.refine import ArrayT, _tensor
 
 NOISE_FLOOR = 0.03
 """Estimated noise below which the estimate is mostly the head's own error: the margin grows from there."""
-SOFTENING = 0.6
-"""Exponent of the head's probabilities in the do-no-harm check: what would be left to change if it were less sure."""
+SOFTENING = 0.7
+"""Exponent of the head's probabilities in the do-no-harm check: what would be left to change if it were less sure.
+
+Chosen on ten CIFAR-10 label files by comparison with the true gain: at 0.6 the check refuses a change set that halves
+5 % uniform noise, at 0.8 it lets one through that breaks 0.1 % of clean labels.
+"""
 PERMUTATIONS = 200
 INDEPENDENT = 4.0
 """Standard deviations above shuffled rows below which labels and opinion count as independent."""
