@@ -31,7 +31,7 @@ from benchmarks import refiners
 from benchmarks.records import Record, digest, environment, read_records, write_record
 from benchmarks.refiners import Evidence
 from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, resolve_config
-from benchmarks.table import markdown
+from benchmarks.table import figure_of, is_wide, study_table
 from synth_refine import InputError, class_prototypes, refine_labels
 from synth_refine.files import write_atomic
 
@@ -151,7 +151,7 @@ STUDIES: dict[str, Study] = {
     ],
     "rounds": [Point("anchored", value, partial(refiners.anchored, rounds=value)) for value in (1, 2, 4, 8, 12, 16)],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
-    "discard": [
+    "discard": [  # of these the figure is the test accuracy of `standard`, of the others the noise
         Point("standard", "all", refiners.none),
         Point("standard", "random discard", partial(published_filter, at_random=True)),
         Point("standard", "published filter", published_filter),
@@ -160,8 +160,6 @@ STUDIES: dict[str, Study] = {
         Point("standard", "all + synthetic", refiners.none, add_synthetic=True),
     ],
 }
-TRAINED = {"discard"}
-"""Studies of the test accuracy of `standard`, at the best epoch on noisy validation; the others look at the noise."""
 
 
 def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any]) -> Record:
@@ -173,7 +171,7 @@ def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any
     keep = labels != DISCARDED
     entry["kept"] = int(keep.sum())
     entry["labels"] = flows(task.train.labels[keep], labels[keep], None if truth is None else truth[keep])
-    if study in TRAINED:
+    if study == "discard":
         inputs, labels = task.train.inputs[keep], labels[keep]
         if point.add_synthetic:
             inputs = torch.cat([inputs, task.synthetic.inputs])
@@ -216,31 +214,6 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
     return record
 
 
-def figure_of(study: str, point: Mapping[str, Any]) -> float | None:
-    """What the study is about, as a fraction."""
-    if study in TRAINED:
-        accuracy: dict[str, float] = point["test_accuracy"]
-        return accuracy.get("best_noisy_validation", accuracy["last"])
-    noise: float | None = point["labels"]["noise_after"]
-    return noise
-
-
-def study_table(records: Sequence[Record]) -> str:
-    """One row per setting, one column per set of given labels; means over seeds, in percent."""
-    study = records[0]["study"]
-    noises = list(dict.fromkeys(record["noise"] for record in records))
-    what = "test accuracy" if study in TRAINED else "wrong labels"
-    rows = [["refiner", study, *(f"{what}, {noise}" for noise in noises)]]
-    for index, point in enumerate(records[0]["points"]):
-        row = [point["series"], str(point["value"])]
-        for noise in noises:
-            figures = [figure_of(study, one["points"][index]) for one in records if one["noise"] == noise]
-            known = [figure for figure in figures if figure is not None]
-            row.append(f"{np.mean(known):.1%}" if known else "unknown")
-        rows.append(row)
-    return markdown(rows)
-
-
 def picture(records: Sequence[Record], path: Path) -> None:
     """The table as lines, or as bars where the knob has no scale."""
     import matplotlib
@@ -248,21 +221,27 @@ def picture(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    study = records[0]["study"]
-    fig, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    lines: dict[str, tuple[list[Any], list[float]]] = {}
+    many = is_wide(records)
     for record in records:
-        series = list(dict.fromkeys(point["series"] for point in record["points"]))
-        for name in series:
-            points = [point for point in record["points"] if point["series"] == name]
-            values = [point["value"] for point in points]
-            label = f"{name}, {record['noise']}" + (f", seed {record['seed']}" if record["seed"] else "")
-            figures = [figure_of(study, point) for point in points]
-            axes.plot(values, [np.nan if figure is None else figure for figure in figures], marker="o", label=label)
+        given = record["noise"] + (f", seed {record['seed']}" if record["seed"] else "")
+        for point in record["points"]:
+            setting = f"{point['series']} {point['value']}".strip()
+            line, value = (setting, given) if many else (f"{point['series']}, {given}".strip(", "), point["value"])
+            values, figures = lines.setdefault(line, ([], []))
+            values.append(value)
+            figure = figure_of(point)
+            figures.append(np.nan if figure is None else figure)
+    study = records[0]["study"]
+    fig, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for line, (values, figures) in lines.items():
+        axes.plot(values, figures, marker="o", linestyle="none" if many else "-", label=line)
     if study in ("images", "prototypes"):
         axes.set_xscale("log")
-    if any(isinstance(point["value"], str) for point in records[0]["points"]):
-        axes.tick_params(axis="x", rotation=20)
-    axes.set(xlabel=study, ylabel="test accuracy" if study in TRAINED else "wrong labels after refining")
+    if isinstance(next(iter(lines.values()))[0][0], str):
+        axes.tick_params(axis="x", rotation=30)
+    trained = "test_accuracy" in records[0]["points"][0]
+    axes.set(xlabel="" if many else study, ylabel="test accuracy" if trained else "wrong labels after refining")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

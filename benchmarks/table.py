@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -91,6 +92,35 @@ def table(records: Sequence[Record]) -> str:
     return markdown(rows)
 
 
+def figure_of(point: Mapping[str, Any]) -> float | None:
+    """What a study's setting reached: test accuracy where it trained, else the fraction of wrong labels."""
+    if "test_accuracy" in point:
+        accuracy: dict[str, float] = point["test_accuracy"]
+        return accuracy.get("best_noisy_validation", accuracy["last"])
+    noise: float | None = point["labels"]["noise_after"]
+    return noise
+
+
+def is_wide(records: Sequence[Record]) -> bool:
+    """Whether the given labels of a study are too many for columns."""
+    return len({record["noise"] for record in records}) > 4
+
+
+def study_table(records: Sequence[Record]) -> str:
+    """The settings of one study against the given labels; means over seeds, in percent."""
+    noises = list(dict.fromkeys(record["noise"] for record in records))
+    what = "test accuracy" if "test_accuracy" in records[0]["points"][0] else "wrong labels"
+    rows = [[f"{records[0]['study']}: {what}", *noises]]
+    for index, point in enumerate(records[0]["points"]):
+        row = [f"{point['series']} {point['value']}".strip()]
+        for noise in noises:
+            figures = [figure_of(one["points"][index]) for one in records if one["noise"] == noise]
+            known = [figure for figure in figures if figure is not None]
+            row.append(f"{statistics.fmean(known):.1%}" if known else "unknown")
+        rows.append(row)
+    return markdown([list(row) for row in zip(*rows, strict=True)] if is_wide(records) else rows)
+
+
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
@@ -120,10 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("records", type=Path, nargs="+", help="record files, or folders of them")
     options = parser.parse_args(arguments)
     try:
-        print(table(read_records(options.records)))
+        records = read_records(options.records)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    studies = list(dict.fromkeys(record["study"] for record in records if "study" in record))
+    tables = [study_table([record for record in records if record.get("study") == study]) for study in studies]
+    runs = [record for record in records if "method" in record]
+    print("\n\n".join([table(runs), *tables] if runs else tables))
     return 0
 
 
