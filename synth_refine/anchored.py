@@ -44,7 +44,8 @@ HIDDEN = 256
 FOLDS = 2
 STEPS_PER_EPOCH = 22  # of one fold; the batch follows, within BATCH
 BATCH = (32, 1024)
-EPOCHS = 2  # per fold and round: a short fit does not memorise wrong posteriors
+EPOCHS = (2, 8)  # per fold and round: a short fit does not memorise wrong posteriors, many classes need a longer one
+LIKELIER = 0.05  # nats per label by which the longer fit must raise the likelihood of the given labels
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 1e-2
 DROPOUT = 0.3
@@ -60,12 +61,13 @@ class Posterior:
     Attributes:
         posterior: Probability of each true class given image and given label, (N, C) float32.
         transition: p(given label | true class), (C, C) float32, a row per true class.
-        head: What the cross-fitted head says of images it was not trained on, without the given label, (N, C) float32.
+        head: What the cross-fitted head says of images it was not trained on, without the given label, (N, C) float32;
+            what the prototypes say where they make the given labels likelier than the head does.
         noise_before: Estimated fraction of the given labels that are wrong.
         noise_after: Estimated fraction that is wrong when each image takes its most probable class.
         history: One entry per round: `log_likelihood` of the given labels under held-out heads (mean per label),
             `changed` (fraction of images whose most probable class moved), `noise` (estimated for the given labels),
-            and `tau`, the sharpness chosen for the first opinion.
+            `tau`, the sharpness chosen for the first opinion, and `epochs` of each fit.
         skipped: Whether an image could not be scored (a non-finite feature), (N,) bool. Its posterior is all on its
             given label.
         anchor_head: What heads of the same kind say of anchors that they were not trained on, (M, C) float32.
@@ -95,8 +97,8 @@ def anchored_posterior(
 ) -> Posterior:
     """Estimate the true class of every image from its features, its given label and synthetic images.
 
-    The sharpness of the first opinion is chosen by held-out anchors, the number of rounds by how far the posteriors
-    still move; nothing needs a true label.
+    The sharpness of the first opinion is chosen by held-out anchors, the length of the fits by the held-out likelihood
+    of the given labels, the number of rounds by how far the posteriors still move; nothing needs a true label.
 
     Args:
         features: Features of the real images, (N, D), float16 to float64, of any frozen encoder.
@@ -225,13 +227,15 @@ def _rounds(
     anchor_head = torch.full((anchors.shape[0], num_classes), 1 / num_classes, device=features.device)
     if scored.shape[0] > 0:
         real, reference, words = standardised(features[scored], anchors, text)
-        opinion, tau = _first_opinion(real, reference, anchor_labels, words, kept, num_classes)
-        transition = fit_transition(opinion, kept)
-        belief = bayes(opinion, transition, kept)
+        first, tau = _first_opinion(real, reference, anchor_labels, words, kept, num_classes)
+        transition = fit_transition(first, kept)
+        belief = bayes(first, transition, kept)
+        least = log_likelihood(first, transition, kept)
+        epochs = _chosen_epochs(real, belief, reference, anchor_labels, kept, seed * 1000)
         bar = tqdm(range(rounds), desc="anchored", disable=not progress, leave=False)
         for number in bar:
             before = belief.argmax(dim=1)
-            opinion, _ = cross_fit(real, belief, reference, anchor_labels, seed=seed * 1000 + number)
+            opinion, _ = cross_fit(real, belief, reference, anchor_labels, seed=seed * 1000 + number, epochs=epochs)
             transition = fit_transition(opinion, kept)
             belief = bayes(opinion, transition, kept)
             entry = {
@@ -239,16 +243,35 @@ def _rounds(
                 "changed": float((belief.argmax(dim=1) != before).float().mean()),
                 "noise": 1 - float(belief.gather(1, kept[:, None]).mean()),
                 "tau": tau,
+                "epochs": epochs,
             }
             history.append(entry)
             bar.set_postfix(changed=f"{entry['changed']:.4f}")
             if entry["changed"] < SETTLED:
                 break
+        if history[-1]["log_likelihood"] < least:  # the heads never came up to the prototypes
+            opinion, transition = first, fit_transition(first, kept)
+            belief = bayes(opinion, transition, kept)
         head[scored], posterior[scored] = opinion, belief
-        _, anchor_head = cross_fit(real, belief, reference, anchor_labels, seed=seed * 1000 + rounds, fold_anchors=True)
+        _, anchor_head = cross_fit(
+            real, belief, reference, anchor_labels, seed=seed * 1000 + rounds, epochs=epochs, fold_anchors=True
+        )
     noise_before = 1 - float(posterior.gather(1, given[:, None]).mean())
     noise_after = 1 - float(posterior.max(dim=1).values.mean())
     return Posterior(posterior, transition, head, noise_before, noise_after, history, skipped, anchor_head)
+
+
+def _chosen_epochs(
+    real: Tensor, belief: Tensor, reference: Tensor, anchor_labels: Tensor, given: Tensor, seed: int
+) -> int:
+    """The shortest fit whose held-out likelihood of the given labels a longer one does not clearly beat."""
+    chosen, most = EPOCHS[0], -float("inf")
+    for epochs in EPOCHS:
+        opinion, _ = cross_fit(real, belief, reference, anchor_labels, seed=seed, epochs=epochs)
+        value = log_likelihood(opinion, fit_transition(opinion, given), given)
+        if value > most + LIKELIER:
+            chosen, most = epochs, value
+    return chosen
 
 
 def standardised(features: Tensor, anchors: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -370,6 +393,7 @@ def cross_fit(
     anchor_labels: Tensor,
     seed: int,
     *,
+    epochs: int = EPOCHS[0],
     fold_anchors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Out-of-fold probabilities of heads trained on soft targets and on the anchors.
@@ -380,6 +404,7 @@ def cross_fit(
         reference: Standardised features of the synthetic images, (M, K).
         anchor_labels: (M,) int64.
         seed: Draws the folds, the weights and the batches.
+        epochs: Passes over the real images of a fold.
         fold_anchors: Hold out anchors as well; otherwise every head trains on all of them.
 
     Returns:
@@ -396,7 +421,7 @@ def cross_fit(
         anchors_out, anchors_in = anchor_order[fold::FOLDS], anchor_order
         if fold_anchors and anchor_order.shape[0] >= FOLDS:
             anchors_in = _other_folds(anchor_order, fold)
-        head = _fit_head(real[others], targets[others], reference[anchors_in], answers[anchors_in], generator)
+        head = _fit_head(real[others], targets[others], reference[anchors_in], answers[anchors_in], generator, epochs)
         with torch.no_grad():
             anchor_opinion[anchors_out] = head(reference[anchors_out]).softmax(dim=1)
             for start in range(0, held_out.shape[0], CHUNK_ROWS):
@@ -410,12 +435,12 @@ def _other_folds(order: Tensor, fold: int) -> Tensor:
 
 
 def _fit_head(
-    real: Tensor, targets: Tensor, reference: Tensor, answers: Tensor, generator: torch.Generator
+    real: Tensor, targets: Tensor, reference: Tensor, answers: Tensor, generator: torch.Generator, epochs: int
 ) -> nn.Module:
     """A head with one hidden layer, AdamW on a one-cycle schedule."""
     count, device = real.shape[0], real.device
     batch = min(max(BATCH[0], count // STEPS_PER_EPOCH), BATCH[1], max(count, 1))
-    steps = max(EPOCHS * STEPS_PER_EPOCH, EPOCHS * (count // max(batch, 1)))
+    steps = epochs * max(STEPS_PER_EPOCH, count // max(batch, 1))
     drawn = max(round(ANCHOR_WEIGHT * batch), 1) if reference.shape[0] else 0
     torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
     head = nn.Sequential(

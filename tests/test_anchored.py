@@ -51,7 +51,7 @@ def test_shapes_sums_and_types():
         assert part.dtype == np.float32
         np.testing.assert_allclose(part.sum(axis=1), 1, atol=1e-4)
     assert len(result.history) <= 2
-    assert set(result.history[0]) == {"log_likelihood", "changed", "noise", "tau"}
+    assert set(result.history[0]) == {"log_likelihood", "changed", "noise", "tau", "epochs"}
 
 
 def test_same_seed_same_result_and_the_global_generator_is_left_alone():
@@ -101,6 +101,18 @@ def test_small_and_odd_problems_degrade_gracefully(options):
     result = anchored_posterior(features, given, anchors, anchor_labels, rounds=2)
     assert np.isfinite(result.posterior).all()
     assert np.isfinite(result.anchor_head).all()
+
+
+def test_prototypes_are_not_given_up_for_a_worse_head():
+    rng = np.random.default_rng(0)
+    features, given, anchors, anchor_labels, true = problem(
+        count=2000, classes=100, width=64, noise=0.0, per_class=5, shift=0.5, distance=1.0
+    )
+    given = np.where(rng.random(2000) < 0.5, rng.integers(0, 100, 2000), true)
+    result = anchored_posterior(features, given, anchors, anchor_labels, rounds=3)
+    nearest = prototype_classes(features, anchors, anchor_labels, 100)
+    wrong = (decide(result, given).apply(given) != true).mean()
+    assert wrong <= min((nearest != true).mean(), (given != true).mean()) + 0.005
 
 
 def test_classes_may_be_missing_from_the_given_labels():
