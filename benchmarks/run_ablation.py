@@ -177,7 +177,7 @@ def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any
             inputs = torch.cat([inputs, task.synthetic.inputs])
             labels = torch.cat([labels, task.synthetic.labels])
         kept = dataclasses.replace(task, train=Split(inputs, labels))
-        options = config.get("methods", {}).get("standard") or {}
+        options = config["methods"].get("standard") or {}
         entry["test_accuracy"] = ADAPTERS["standard"](kept, labels, options, refined.given.seed).test_accuracy
     return entry
 

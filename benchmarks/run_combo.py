@@ -101,6 +101,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 raise InputError(f"override: expected a block at {block}, got {inner!r} in {override!r}")
             target = inner
         target[last] = yaml.safe_load(value)
+    config.setdefault("methods", {})
     unknown = sorted(set(config) - KEYS)
     if unknown:
         raise InputError(f"config: expected the keys {', '.join(sorted(KEYS))}, got {unknown[0]!r} in {path}")
@@ -114,10 +115,14 @@ def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
         InputError: An unknown method or refiner, or soft labels for a method that takes none.
         TypeError: An unknown option of a method.
     """
-    methods = _names("method", arguments.method, list(config.get("methods", {})), ADAPTERS)
+    methods = _names("method", arguments.method, list(config["methods"]), ADAPTERS)
     refiners = _names("refine", arguments.refine, config.get("refiners", ["none", "paper"]), REFINERS)
     for method in methods:
-        check_options(method, config.get("methods", {}).get(method) or {})
+        if method not in config["methods"]:
+            raise InputError(
+                f"method: expected a block of settings at methods.{method} in {arguments.config}, got none"
+            )
+        check_options(method, config["methods"][method] or {})
         for refiner in set(refiners) & SOFT_REFINERS:
             if method not in SOFT_LABELS:
                 takers = ", ".join(sorted(SOFT_LABELS))
@@ -150,7 +155,7 @@ def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> li
 
 def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str, Any]:
     """What the outcome of a run depends on, so that a changed setting is another record."""
-    settings: dict[str, Any] = {"method": config.get("methods", {}).get(method) or {}, "refiner": {}}
+    settings: dict[str, Any] = {"method": config["methods"].get(method) or {}, "refiner": {}}
     if refiner == "paper":
         settings["refiner"] = {key: config[key] for key in ("threshold", "weight") if key in config}
     if refiner != "none":

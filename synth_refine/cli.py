@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine._check import InputError, check_array
+from synth_refine.anchored import anchored_posterior
 from synth_refine.artifact import (
     Artifact,
     Damaged,
@@ -30,6 +31,7 @@ from synth_refine.artifact import (
     versions,
     write_artifact,
 )
+from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
 from synth_refine.export import FORMATS, export
 from synth_refine.files import file_hash, read_npy
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
@@ -37,9 +39,14 @@ from synth_refine.refine import refine_labels
 
 FINE, PROBLEM, BAD_INPUT = 0, 1, 3
 
-REFINE = """example:
+REFINERS = {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")}
+"""What each refiner needs besides features and given labels."""
+
+REFINE = """examples:
   synth-refine refine --features features.npy --logits logits.npy --prototypes prototypes.npy \\
-      --given given.npy --threshold 0.6 --out refined"""
+      --given given.npy --threshold 0.6 --out refined
+  synth-refine refine --refiner anchored --features features.npy --anchors synthetic.npy \\
+      --anchor-labels synthetic_labels.npy --given given.npy --out refined"""
 APPLY = """example:
   synth-refine apply refined --given given.npy --out labels.npy"""
 REVERT = """example:
@@ -96,17 +103,22 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, usage=made.error)
         return made
 
     refine = command("refine", _refine, "refine given labels and write the artifact", REFINE)
     refine.add_argument("--features", required=True, metavar="NPY", help="features of the images, (N, D) floats")
-    refine.add_argument("--logits", required=True, metavar="NPY", help="outputs of a classifier, (N, C) floats")
-    refine.add_argument("--prototypes", required=True, metavar="NPY", help="mean synthetic features, (C, D) floats")
+    refine.add_argument("--refiner", choices=sorted(REFINERS), default="paper", help="(%(default)s)")
+    refine.add_argument("--logits", metavar="NPY", help="paper: outputs of a classifier, (N, C) floats")
+    refine.add_argument("--prototypes", metavar="NPY", help="paper: mean synthetic features, (C, D) floats")
     _labels_option(refine, "--given", "the labels as given")
-    refine.add_argument("--threshold", type=_finite, required=True, help="smallest score that replaces a label")
-    refine.add_argument("--weight", type=float, default=0.5, help="weight of the similarity, 0 to 1 (%(default)s)")
-    refine.add_argument("--strict", action="store_true", help="refuse images that cannot be scored")
+    refine.add_argument("--threshold", type=_finite, help="paper: smallest score that replaces a label")
+    refine.add_argument("--weight", type=float, default=0.5, help="paper: weight of the similarity (%(default)s)")
+    refine.add_argument("--strict", action="store_true", help="paper: refuse images that cannot be scored")
+    refine.add_argument("--anchors", metavar="NPY", help="anchored: features of the synthetic images, (M, D) floats")
+    refine.add_argument("--anchor-labels", metavar="FILE", help="anchored: the class each of them was made for")
+    refine.add_argument("--seed", type=int, default=0, help="anchored: same seed, same result (%(default)s)")
+    refine.add_argument("--force", action="store_true", help="anchored: change labels though it may do harm")
     refine.add_argument("--encoder", default="", help="name and revision, or hash, of the encoder; goes on record")
     refine.add_argument("--out", required=True, metavar="FOLDER", help="the artifact")
 
@@ -157,25 +169,22 @@ def _finite(text: str) -> float:
 
 
 def _refine(options: argparse.Namespace) -> int:
-    inputs = ("features", "logits", "prototypes")
-    features, logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in inputs)
+    needed, unused = REFINERS[options.refiner], REFINERS["paper" if options.refiner == "anchored" else "anchored"]
+    for name in needed:
+        if getattr(options, name) is None:
+            options.usage(f"--refiner {options.refiner} needs --{name.replace('_', '-')}")
+    for name in unused:
+        if getattr(options, name) is not None:
+            options.usage(f"--refiner {options.refiner} has no use for --{name.replace('_', '-')}")
+    features = read_npy("features", options.features, "f")
     given, ids = read_labels_and_ids(options.given, key=options.key)
-    check_array("logits", logits, ("N", "C"))
-    check_array("given", given, (len(logits),))
-    decision = refine_labels(
-        features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
-    )
-    undecided = np.asarray(decision.labels) < 0
+    decided = _paper(options, features, given) if options.refiner == "paper" else _anchored(options, features, given)
+    files = ["features", "given", *(name for name in needed if name != "threshold")]
     artifact = record(
         given.astype(_dtype(options.given)),
-        decision.apply(given),
-        num_classes=logits.shape[1],
+        **decided,
         ids=ids,
-        abstained=undecided,
-        confidence=decision.confidence,
-        reason=np.where(undecided, "cannot be scored", "score reaches the threshold"),
-        inputs={name: file_hash(getattr(options, name)) for name in (*inputs, "given")} | {"encoder": options.encoder},
-        settings={"refiner": "paper", "threshold": options.threshold, "weight": options.weight},
+        inputs={name: file_hash(getattr(options, name)) for name in files} | {"encoder": options.encoder},
     )
     lost = np.setdiff1d(artifact.given, artifact.labels)
     if lost.size:
@@ -184,6 +193,49 @@ def _refine(options: argparse.Namespace) -> int:
         write_artifact(options.out, artifact)
     _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
+
+
+def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
+    """What the paper's rule decides, as arguments of `record`."""
+    logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in ("logits", "prototypes"))
+    check_array("logits", logits, ("N", "C"))
+    check_array("given", given, (len(logits),))
+    decision = refine_labels(
+        features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
+    )
+    undecided = np.asarray(decision.labels) < 0
+    return {
+        "labels": decision.apply(given),
+        "num_classes": logits.shape[1],
+        "abstained": undecided,
+        "confidence": decision.confidence,
+        "reason": np.where(undecided, "cannot be scored", "score reaches the threshold"),
+        "settings": {"refiner": "paper", "threshold": options.threshold, "weight": options.weight},
+    }
+
+
+def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
+    """What the anchored refiner decides, as arguments of `record`."""
+    anchors, anchor_labels = read_npy("anchors", options.anchors, "f"), read_labels(options.anchor_labels)
+    check_array("given", given, (len(features),))
+    check_array("anchor_labels", anchor_labels, (len(anchors),))
+    num_classes = int(anchor_labels.max()) + 1 if len(anchor_labels) else 0
+    check_row_order(given, prototype_classes(features, anchors, anchor_labels, num_classes), num_classes)
+    posterior = anchored_posterior(
+        features, given, anchors, anchor_labels, seed=options.seed, progress=sys.stderr.isatty()
+    )
+    decision = decide(posterior, given, force=options.force)
+    _say(decision.summary())
+    best = np.sort(np.asarray(posterior.posterior), axis=1)
+    return {
+        "labels": decision.apply(given),
+        "num_classes": num_classes,
+        "abstained": np.asarray(decision.answers) == Answer.ABSTAIN,
+        "confidence": best[:, -1],
+        "margin": best[:, -1] - best[:, -2] if num_classes > 1 else best[:, -1],
+        "reason": np.array(REASONS)[np.asarray(decision.reasons)],
+        "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force},
+    }
 
 
 def _apply(options: argparse.Namespace) -> int:

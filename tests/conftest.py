@@ -1,4 +1,8 @@
-"""Small arrays that the benchmarks' command lines run on."""
+"""One thread per test process, and small arrays that the benchmarks' command lines run on."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the processes that tests start
 
 import numpy as np
 import pytest

@@ -33,6 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     features = np.eye(3, 8)[truth] + 0.05 * random.standard_normal((COUNT, 8))
     np.save(tmp_path / "features.npy", features.astype(np.float16))
     np.save(tmp_path / "logits.npy", (4 * np.eye(3)[truth]).astype(np.float32))
+    np.save(tmp_path / "synthetic.npy", np.eye(3, 8)[truth[:30]] + 0.05 * random.standard_normal((30, 8)) + 0.1)
+    np.save(tmp_path / "synthetic_labels.npy", truth[:30])
     given = truth.copy()
     given[:15] = (given[:15] + 1) % 3
     np.save(tmp_path / "given.npy", given)
@@ -74,6 +76,34 @@ def test_help_shows_examples_that_run(command: str, refined: Path, capsys: pytes
         expected = 1 if arguments == ["diff", "given.npy", "labels.npy"] else 0
         assert cli.main(arguments) == expected
         assert capsys.readouterr().out
+
+
+def test_the_anchored_refiner_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(example("refine")[1]) == 0
+    assert "estimated noise" in capsys.readouterr().err
+    artifact = read_artifact("refined")
+    assert artifact.labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    assert set(artifact.reason[artifact.changed]) == {"another class is more probable by more than the margin"}
+    assert artifact.run["settings"] == {"refiner": "anchored", "seed": 0, "force": False}
+    assert set(artifact.run["inputs"]) == {"features", "given", "anchors", "anchor_labels", "encoder"}
+    assert bool((artifact.margin[artifact.changed] > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--refiner", "paper"], "--refiner paper needs --logits"),
+        (["--threshold", "0.6"], "--refiner anchored has no use for --threshold"),
+    ],
+)
+def test_each_refiner_has_its_own_inputs(
+    change: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*example("refine")[1], *change])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "refined").exists()
 
 
 def test_refine_apply_and_revert_go_round(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,10 @@ def test_without_true_labels_the_noise_is_unknown(arrays, tmp_path, capsys):
 
 BAD_COMMANDS = {
     "unknown method": (["--method", "plcc"], "method: expected one of standard, relabel, plc"),
+    "method without settings": (
+        ["--method", "lra-clip"],
+        "method: expected a block of settings at methods.lra-clip in ",
+    ),
     "unknown refiner": (["--refine", "magic"], "refine: expected one of none, paper"),
     "unknown option": (["methods.plc.epoch=3"], "plc: unknown option 'epoch'"),
     "option of the wrong type": (["methods.plc.epochs=many"], "plc: option 'epochs': expected int, got 'many'"),
