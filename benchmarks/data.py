@@ -305,7 +305,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def _inputs(name: str, values: NDArray[Any]) -> Tensor:
     """Pixels (N, 3, H, W) uint8 or features (N, D) float32."""
-    if len(values) == 0:
+    if values.ndim == 0 or len(values) == 0:
         raise InputError(f"{name}: expected at least one row, got none")
     if values.ndim == 4 and values.shape[3] == 3 and values.dtype == np.uint8:
         return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()

@@ -75,7 +75,8 @@ def cleanlab(evidence: Evidence) -> Tensor:
     """
     from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
 
-    with torch.random.fork_rng(devices=[]):
+    device = evidence.features.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(evidence.seed)
         real, reference, _ = standardised(evidence.features.float(), evidence.synthetic.float())
         targets = F.one_hot(evidence.given, evidence.num_classes).float()

@@ -145,9 +145,11 @@ def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> li
         noises = [(name, None) for name in (["given"] if arguments.data else _list(config.get("noise", "clean")))]
     seeds = arguments.seeds if arguments.seeds is not None else _list(config.get("seeds", 0))
     folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
-    arrays = _file_hash("data", arguments.data)
+    source: dict[str, str | None] = {"data": _file_hash("data", arguments.data)}
+    if not arguments.data:
+        source = {"dataset": config.get("dataset"), "synthetic": arguments.synthetic and str(arguments.synthetic)}
     return [
-        GivenLabels(noise, path, int(seed), folder, {"data": arrays, "given": _file_hash("given", path)})
+        GivenLabels(noise, path, int(seed), folder, {**source, "given": _file_hash("given", path)})
         for noise, path in noises
         for seed in seeds
     ]
@@ -233,7 +235,7 @@ class Refined:
     def __init__(self, given: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> None:
         """Remember what to work on."""
         self.given = given
-        self.work = given.folder.parent / ".work"  # for what a killed run goes on from
+        self.work = given.folder / ".work"  # for what a killed run goes on from
         self._config, self._arguments = config, arguments
         self._labels: dict[str, tuple[Tensor, float]] = {}
 
@@ -246,7 +248,9 @@ class Refined:
     def initial(self) -> InitialClassifier:
         """The classifier trained on the given labels."""
         task, options = self.benchmark.task, self._config.get("initial") or {}
-        name = digest([tensor_digest(task.train.inputs), tensor_digest(task.train.labels), self.given.seed, options])
+        splits = (task.train, task.noisy_validation, task.clean_validation)
+        contents = [tensor_digest(part) for split in splits for part in (split.inputs, split.labels)]
+        name = digest([*contents, self.given.seed, options])
         return initial_classifier(task, options, self.given.seed, self.work / f"initial_{name}.safetensors")
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array: TypeAlias = "NDArray[Any] | Tensor"
+ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)
 
 
 class InputError(ValueError):
@@ -51,8 +52,21 @@ def check_labels(name: str, value: Array, num_classes: int | None = None) -> Non
         raise InputError(f"{name}: expected integer class indices, got {value.dtype}")
     if num_classes is None or value.shape[0] == 0:
         return
-    outside = (value < 0) | (value >= num_classes)
+    wide = value.long() if isinstance(value, Tensor) else value  # torch would squeeze num_classes into the labels' type
+    outside = (wide < 0) | (wide >= num_classes)
     rows = np.flatnonzero(outside.cpu() if isinstance(outside, Tensor) else outside)
     if len(rows):
         shown = ", ".join(f"{int(value[int(row)])} in row {row}" for row in rows[:5])
         raise InputError(f"{name}: expected classes 0 to {num_classes - 1}, got {shown}")
+
+
+def float_tensor(value: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An array, or a chunk of one, as a tensor without gradient; NumPy arrays, which may be read-only, are copied."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype)
+    return torch.from_numpy(np.array(value, dtype="f8" if dtype == torch.float64 else "f4")).to(device)
+
+
+def label_tensor(value: Array, device: torch.device) -> Tensor:
+    """Labels as int64 on a device; NumPy arrays, which may be read-only, are copied."""
+    return torch.as_tensor(value if isinstance(value, Tensor) else np.array(value), device=device).long()

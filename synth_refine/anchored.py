@@ -27,14 +27,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine._check import Array, InputError, check_array, check_floating, check_labels
-from synth_refine.refine import ArrayT, _tensor
+from synth_refine._check import (
+    Array,
+    ArrayT,
+    InputError,
+    check_array,
+    check_floating,
+    check_labels,
+    float_tensor,
+    label_tensor,
+)
 
 CHUNK_ROWS = 8192
 COMPONENTS = 384  # principal components that the head reads
@@ -132,15 +139,13 @@ def anchored_posterior(
     if rounds < 1:
         raise InputError(f"rounds: expected at least 1, got {rounds}")
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         result = _rounds(
             _tensor_like(features, device),
-            torch.as_tensor(np.array(given) if isinstance(given, np.ndarray) else given, device=device).long(),
+            label_tensor(given, device),
             _tensor_like(anchors, device),
-            torch.as_tensor(
-                np.array(anchor_labels) if isinstance(anchor_labels, np.ndarray) else anchor_labels, device=device
-            ).long(),
+            label_tensor(anchor_labels, device),
             classes,
             None if text_prototypes is None else _tensor_like(text_prototypes, device),
             seed,
@@ -194,7 +199,7 @@ def _checked_classes(
     if text_prototypes is not None:
         check_array("text_prototypes", text_prototypes, (num_classes, features.shape[1]))
     for name, value in floating[1:]:
-        finite = _tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
+        finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0, 0])
             raise InputError(f"{name}: expected finite numbers, got a non-finite one in row {bad}")
@@ -202,7 +207,7 @@ def _checked_classes(
 
 
 def _tensor_like(value: Array, device: torch.device) -> Tensor:
-    return _tensor(value, torch.float32, device)
+    return float_tensor(value, torch.float32, device)
 
 
 def _rounds(

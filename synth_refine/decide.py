@@ -17,9 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine._check import Array, InputError, check_array, check_floating, check_labels
+from synth_refine._check import (
+    Array,
+    ArrayT,
+    InputError,
+    check_array,
+    check_floating,
+    check_labels,
+    float_tensor,
+    label_tensor,
+)
 from synth_refine.anchored import Posterior, bayes, fit_transition
-from synth_refine.refine import ArrayT, _tensor
 
 NOISE_FLOOR = 0.03
 """Estimated noise below which the estimate is mostly the head's own error: the margin grows from there."""
@@ -110,6 +118,8 @@ class Decision:
             f"keep {count[0]}, change {count[1]}, abstain {count[2]}; "
             f"estimated noise {self.noise_before:.3f} -> {self.noise_after:.3f}"
         )
+        if self.harmful and count[1]:
+            return f"{text}; changed on demand, although that would probably not lower the noise"
         if self.harmful:
             return f"{text}; nothing is changed: the proposed changes would not lower the noise"
         return text
@@ -153,8 +163,8 @@ def decide(
         raise InputError(f"margin: expected odds of at least 1, got {margin}")
     limits = _limits(thresholds, classes)
     device = given.device if isinstance(given, Tensor) else torch.device("cpu")
-    belief = _tensor(posterior.posterior, torch.float32, device)
-    labels_given = _labels(given, device)
+    belief = float_tensor(posterior.posterior, torch.float32, device)
+    labels_given = label_tensor(given, device)
     rows = torch.arange(belief.shape[0], device=device)
     stays = belief[rows, labels_given]
     best, winner = belief.max(dim=1) if belief.shape[0] else (belief.new_empty(0), labels_given)
@@ -197,10 +207,6 @@ def decide(
     )
 
 
-def _labels(labels: Array, device: torch.device) -> Tensor:
-    return torch.as_tensor(labels if isinstance(labels, Tensor) else np.array(labels), device=device).long()
-
-
 def _limits(thresholds: Sequence[float] | Array | float | None, classes: int) -> Tensor:
     try:
         values = torch.as_tensor(0.0 if thresholds is None else thresholds, dtype=torch.float32)
@@ -221,7 +227,7 @@ def _gain(posterior: Posterior, given: Tensor, winner: Tensor, proposed: Tensor)
     """
     if not bool(proposed.any()):
         return 0.0
-    opinion = _tensor(posterior.head, torch.float32, given.device).clamp_min(1e-9) ** SOFTENING
+    opinion = float_tensor(posterior.head, torch.float32, given.device).clamp_min(1e-9) ** SOFTENING
     opinion = F.normalize(opinion, p=1, dim=1)
     scored = (~torch.as_tensor(posterior.skipped, device=given.device)).nonzero()[:, 0]
     belief = torch.zeros_like(opinion)
@@ -256,8 +262,8 @@ def calibrate_thresholds(probabilities: Array, labels: Array, precision: float =
     check_array("labels", labels, (probabilities.shape[0],))
     if not 0 < precision <= 1:
         raise InputError(f"precision: expected a number in (0, 1], got {precision}")
-    scores = _tensor(probabilities, torch.float32, torch.device("cpu"))
-    truth = _labels(labels, torch.device("cpu"))
+    scores = float_tensor(probabilities, torch.float32, torch.device("cpu"))
+    truth = label_tensor(labels, torch.device("cpu"))
     thresholds = np.full(scores.shape[1], np.inf, dtype=np.float32)
     if scores.shape[0] == 0:
         return thresholds
@@ -291,11 +297,11 @@ def sweep(posterior: Posterior, given: ArrayT, thresholds: Sequence[float] | Non
         given: The given labels, (N,) integers.
         thresholds: By default 0 to 0.95 in steps of 0.05, and 0.99.
     """
-    rows = []
+    rows, cpu = [], torch.device("cpu")
     for threshold in thresholds if thresholds is not None else [*(step / 20 for step in range(20)), 0.99]:
         decision = decide(posterior, given, thresholds=threshold, force=True)
-        counts = np.bincount(np.asarray(decision.apply(given)), minlength=posterior.posterior.shape[1])
-        changed = float(np.mean(np.asarray(decision.answers) == Answer.CHANGE)) if len(counts) else 0.0
+        counts = label_tensor(decision.apply(given), cpu).bincount(minlength=posterior.posterior.shape[1])
+        changed = float((label_tensor(decision.answers, cpu) == Answer.CHANGE).double().mean()) if len(given) else 0.0
         rows.append(
             SweepRow(float(threshold), changed, decision.noise_after, decision.wrong_changes, int((counts == 0).sum()))
         )
@@ -348,7 +354,7 @@ def domain_gap(features: Array, anchors: Array) -> float:
         anchors: Features of the synthetic images, (M, D), finite.
 
     Raises:
-        InputError: Wrong type or shape, or fewer than four rows on a side.
+        InputError: Wrong type or shape, a non-finite number, or fewer than four rows on a side.
     """
     check_array("features", features, ("N", "D"))
     check_array("anchors", anchors, ("M", features.shape[1]))
@@ -357,7 +363,10 @@ def domain_gap(features: Array, anchors: Array) -> float:
         check_floating(name, value)
         if value.shape[0] < 4:
             raise InputError(f"{name}: expected at least 4 rows, got {value.shape[0]}")
-        sides.append(_tensor(value[:: max(1, value.shape[0] // 5000)], torch.float64, torch.device("cpu")))
+        side = float_tensor(value[:: max(1, value.shape[0] // 5000)], torch.float64, torch.device("cpu"))
+        if not bool(side.isfinite().all()):
+            raise InputError(f"{name}: expected finite numbers, got others")
+        sides.append(side)
     rates = []
     for fold in (0, 1):
         real, synthetic = (side[fold::2] for side in sides)
@@ -408,8 +417,8 @@ def row_order(given: Array, predictions: Array, num_classes: int, *, seed: int =
     check_labels("given", given, num_classes)
     check_labels("predictions", predictions, num_classes)
     check_array("predictions", predictions, (given.shape[0],))
-    left = _labels(given, torch.device("cpu")).numpy()
-    right = _labels(predictions, torch.device("cpu")).numpy()
+    left = label_tensor(given, torch.device("cpu")).numpy()
+    right = label_tensor(predictions, torch.device("cpu")).numpy()
     count = left.shape[0]
     agreement = float((left == right).mean()) if count else float("nan")
     rows, columns = np.bincount(left, minlength=num_classes), np.bincount(right, minlength=num_classes)
@@ -453,17 +462,17 @@ def prototype_classes(features: Array, anchors: Array, anchor_labels: Array, num
     check_array("features", features, ("N", "D"))
     check_array("anchors", anchors, ("M", features.shape[1]))
     cpu = torch.device("cpu")
-    reference, classes = _tensor(anchors, torch.float32, cpu), _labels(anchor_labels, cpu)
+    reference, classes = float_tensor(anchors, torch.float32, cpu), label_tensor(anchor_labels, cpu)
     reference = reference - reference.mean(dim=0)
     sums = torch.zeros((num_classes, reference.shape[1])).index_add_(0, classes, reference)
     directions = F.normalize(sums, dim=1).T
     step = 8192
     center = torch.zeros(features.shape[1], dtype=torch.float64)
     for start in range(0, features.shape[0], step):
-        center += _tensor(features[start : start + step], torch.float64, cpu).nan_to_num(0, 0, 0).sum(dim=0)
+        center += float_tensor(features[start : start + step], torch.float64, cpu).nan_to_num(0, 0, 0).sum(dim=0)
     mean = (center / max(features.shape[0], 1)).float()
     answers = np.empty(features.shape[0], dtype=np.int64)
     for start in range(0, features.shape[0], step):
-        chunk = _tensor(features[start : start + step], torch.float32, cpu).nan_to_num(0, 0, 0) - mean
+        chunk = float_tensor(features[start : start + step], torch.float32, cpu).nan_to_num(0, 0, 0) - mean
         answers[start : start + step] = (F.normalize(chunk, dim=1) @ directions).argmax(dim=1).numpy()
     return answers

@@ -311,6 +311,8 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         '{}'
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"path: expected an existing folder {target.parent} to write {target.name} into, got none")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

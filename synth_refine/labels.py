@@ -98,6 +98,10 @@ def write_labels(
     if suffix == ".npy":
         if ids is not None:
             raise InputError("ids: a .npy file has no place for them, expected None; write a .csv file")
+        if len(values) and int(values.max()) > np.iinfo(dtype).max:
+            raise InputError(
+                f"labels: expected at most {np.iinfo(dtype).max} for {np.dtype(dtype)}, got {values.max()}"
+            )
         with write_atomic(path) as file:
             np.save(file, values.astype(dtype), allow_pickle=False)
     elif suffix == ".csv":

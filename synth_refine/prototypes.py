@@ -13,8 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine._check import Array, InputError, check_array, check_floating, check_labels
-from synth_refine.refine import ArrayT, _tensor
+from synth_refine._check import (
+    Array,
+    ArrayT,
+    InputError,
+    check_array,
+    check_floating,
+    check_labels,
+    float_tensor,
+    label_tensor,
+)
 
 CHUNK_ROWS = 8192
 BLOCK_ROWS = 2048  # near duplicates are sought in blocks of this many rows by as many
@@ -52,7 +60,7 @@ def class_prototypes(
     check_labels("labels", labels, num_classes)
 
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-    classes = torch.as_tensor(labels, device=device).long()
+    classes = label_tensor(labels, device)
     counts = torch.bincount(classes, minlength=num_classes)
     if num_classes == 0 or not bool(counts.all()):
         missing = int((counts == 0).nonzero()[0, 0]) if num_classes else 0
@@ -60,7 +68,7 @@ def class_prototypes(
     sums = torch.zeros((num_classes, features.shape[1]), dtype=torch.float64, device=device)
     for start in range(0, features.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        chunk = _tensor(features[rows], torch.float64, device)
+        chunk = float_tensor(features[rows], torch.float64, device)
         if not bool(chunk.isfinite().all()):
             bad = start + int((~chunk.isfinite().all(dim=1)).nonzero()[0, 0])
             raise InputError(f"features: expected finite numbers, got a non-finite one in row {bad}")
@@ -152,9 +160,11 @@ def prototype_quality(
     ):
         if not low <= value <= high:
             raise InputError(f"{name}: expected a number in [{low:g}, {high:g}], got {value}")
-    means = _tensor(class_prototypes(features, labels, num_classes), torch.float32, torch.device("cpu"))  # checks too
+    means = float_tensor(
+        class_prototypes(features, labels, num_classes), torch.float32, torch.device("cpu")
+    )  # checks too
     cpu = torch.device("cpu")
-    classes = torch.as_tensor(labels if isinstance(labels, Tensor) else np.array(labels), device=cpu).long()
+    classes = label_tensor(labels, cpu)
     counts = torch.bincount(classes, minlength=means.shape[0])
     center = (means * counts[:, None]).sum(dim=0) / counts.sum()
     sums = (means - center) * counts[:, None]  # (C, D)
@@ -164,7 +174,7 @@ def prototype_quality(
     off_class = torch.empty(classes.shape[0], dtype=torch.bool)
     for start in range(0, classes.shape[0], CHUNK_ROWS):
         part = classes[start : start + CHUNK_ROWS]
-        chunk = _tensor(features[start : start + CHUNK_ROWS], torch.float32, cpu) - center
+        chunk = float_tensor(features[start : start + CHUNK_ROWS], torch.float32, cpu) - center
         own = F.normalize(chunk, dim=1)
         cosine = own @ directions
         without = (own * F.normalize(sums[part] - chunk, dim=1)).sum(dim=1)
@@ -213,4 +223,4 @@ def prototype_quality(
 
 def _directions_of(features: Array, rows: Tensor, center: Tensor) -> Tensor:
     index = rows.to(features.device) if isinstance(features, Tensor) else rows.numpy()
-    return F.normalize(_tensor(features[index], torch.float32, torch.device("cpu")) - center, dim=1)
+    return F.normalize(float_tensor(features[index], torch.float32, torch.device("cpu")) - center, dim=1)

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine._check import Array, InputError, check_array, check_floating, check_labels
-
-ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)
+from synth_refine._check import Array, ArrayT, InputError, check_array, check_floating, check_labels, float_tensor
 
 CHUNK_ELEMENTS = 1 << 21
 """Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache."""
@@ -135,7 +131,7 @@ def refine_labels(
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
-            chunk, outputs = _tensor(features[rows], dtype, device), _tensor(logits[rows], dtype, device)
+            chunk, outputs = float_tensor(features[rows], dtype, device), float_tensor(logits[rows], dtype, device)
             lengths = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
             # Scores times the length of the feature: scaling the softmax up is cheaper than scaling the features down.
             scores = outputs.softmax(dim=1).mul_((1 - weight) * lengths).addmm_(chunk, directions)  # (n, C)
@@ -159,16 +155,9 @@ def refine_labels(
     return Refinement(*(parts if isinstance(features, Tensor) else (part.numpy() for part in parts)))
 
 
-def _tensor(value: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One chunk as a tensor; a read-only or memory-mapped array is copied."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, dtype)
-    return torch.from_numpy(np.array(value, dtype="f8" if dtype == torch.float64 else "f4")).to(device)
-
-
 def _directions(prototypes: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Prototypes scaled to length one, (C, D)."""
-    values = _tensor(prototypes, dtype, device)
+    values = float_tensor(prototypes, dtype, device)
     for bad, what in ((~values.isfinite().all(dim=1), "a non-finite one"), ((values == 0).all(dim=1), "only zeros")):
         if bool(bad.any()):
             raise InputError(f"prototypes: expected a finite, non-zero row per class, got {what} for {_classes(bad)}")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synth_refine import InputError, Refinement, refine, refine_labels
+from synth_refine.labels import as_labels
 
 THRESHOLD = 0.45
 
@@ -314,3 +315,10 @@ def test_the_device_of_the_features_is_kept():
     on_gpu = refine_labels(*(value.cuda() for value in values), THRESHOLD)
     assert on_gpu.labels.is_cuda
     assert on_gpu.labels.tolist() == refine_labels(*values, THRESHOLD).labels.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_every_integer_type_is_a_label_type(dtype):
+    decision = refine_labels(*map(torch.from_numpy, arrays()), THRESHOLD)
+    assert decision.apply(torch.zeros(40, dtype=dtype)).dtype == dtype
+    assert as_labels("labels", torch.tensor([0, 100], dtype=dtype)).tolist() == [0, 100]

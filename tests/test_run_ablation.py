@@ -36,11 +36,11 @@ def test_a_killed_study_goes_on_at_its_next_setting(arrays, tmp_path, monkeypatc
     monkeypatch.setattr(run_ablation, "measure", measure)
     arguments = study("threshold", arrays, tmp_path)
     assert run_ablation.main(arguments) == 130
-    assert not (tmp_path / "blobs").exists()
+    assert not (tmp_path / "blobs" / "ablation").exists()
     assert run_ablation.main(arguments) == 0
     values = [point.value for point in run_ablation.STUDIES["threshold"]]
     assert counted == values[:3] + values[2:]
-    assert not list((tmp_path / ".work").glob("*.json"))
+    assert not list((tmp_path / "blobs" / ".work").glob("*.json"))
 
 
 def test_discarding_takes_the_same_number_from_every_class(arrays, tmp_path, monkeypatch):

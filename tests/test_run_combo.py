@@ -134,12 +134,12 @@ def test_killed_in_the_middle_of_a_run_it_ends_the_same(arrays, tmp_path):
     script += "sys.exit(run_combo.main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", script, *command(arrays, tmp_path / "cut", *options)]
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while not list(tmp_path.glob("cut/.work/confused_plc*.safetensors")):
+        while not list(tmp_path.glob("cut/blobs/.work/confused_plc*.safetensors")):
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert not list(tmp_path.glob("cut/blobs/*"))
+    assert not list(tmp_path.glob("cut/blobs/*.json"))
     assert run_combo.main(command(arrays, tmp_path / "cut", *options)) == 0
     whole, cut = (without_times(read_records([tmp_path / name / "blobs"])) for name in ("whole", "cut"))
     assert whole == cut
