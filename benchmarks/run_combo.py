@@ -100,12 +100,32 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             if not isinstance(inner, dict):
                 raise InputError(f"override: expected a block at {block}, got {inner!r} in {override!r}")
             target = inner
-        target[last] = yaml.safe_load(value)
-    config.setdefault("methods", {})
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"override: expected a YAML value, got {override!r}") from error
     unknown = sorted(set(config) - KEYS)
     if unknown:
         raise InputError(f"config: expected the keys {', '.join(sorted(KEYS))}, got {unknown[0]!r} in {path}")
+    config.setdefault("methods", {})
+    _check_types(config)
     return config
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Refuse values that would only fail in the middle of a run."""
+    blocks = {"methods": config["methods"], "initial": config.get("initial") or {}}
+    if isinstance(config["methods"], dict):
+        blocks |= {f"methods.{name}": block or {} for name, block in config["methods"].items()}
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise InputError(f"{name}: expected a block of settings, got {block!r}")
+    for name, kinds in {"threshold": (int, float), "weight": (int, float), "synthetic_per_class": (int,)}.items():
+        if name in config and not isinstance(config[name], kinds):
+            raise InputError(f"{name}: expected a number, got {config[name]!r}")
+    for seed in _list(config.get("seeds", 0)):
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seeds: expected integers from 0, got {seed!r}")
 
 
 def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
@@ -145,6 +165,8 @@ def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> li
         noises = [(name, None) for name in (["given"] if arguments.data else _list(config.get("noise", "clean")))]
     seeds = arguments.seeds if arguments.seeds is not None else _list(config.get("seeds", 0))
     folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
+    if not arguments.data and "dataset" not in config:
+        raise InputError(f"dataset: expected a name in {arguments.config}, or --data, got neither")
     source: dict[str, str | None] = {"data": _file_hash("data", arguments.data)}
     if not arguments.data:
         source = {"dataset": config.get("dataset"), "synthetic": arguments.synthetic and str(arguments.synthetic)}
@@ -377,6 +399,10 @@ def resolve_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fill in the device and the config's path, and read the config."""
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: expected auto, cpu or a device that is there, got {arguments.device!r}") from error
     if arguments.config is None:
         arguments.config = CONFIGS / f"{_default_config(arguments.data)}.yaml"
     return read_config(arguments.config, arguments.overrides)
