@@ -33,6 +33,7 @@ class Options(Config):
 
     preset: str = "paper"  # what the recipe's settings are unless they are given: "paper" or "released"
     width: int = 512  # of the denoiser and of the image embedding
+    feature_size: float = 0.5  # root mean square that the frozen features are scaled to; 0 leaves them as they are
     cache: str = ""  # folder for features, neighbours and trained encoders; "" is beside the checkpoint
 
 
@@ -137,7 +138,10 @@ def _resolve(method: str, kind: type[OptionsT], options: Mapping[str, Any]) -> t
     preset = options.get("preset", "paper")
     if preset not in lra_diffusion.PRESETS:
         raise InputError(f"preset: expected {' or '.join(lra_diffusion.PRESETS)}, got {preset!r}")
-    return resolve(method, kind(**dataclasses.asdict(lra_diffusion.PRESETS[preset])), options)
+    feature_size = 0.0 if preset == "released" else kind.feature_size
+    return resolve(
+        method, kind(**dataclasses.asdict(lra_diffusion.PRESETS[preset]), feature_size=feature_size), options
+    )
 
 
 def _image_encoder(task: Task, config: Options, network: NetworkOptions, seed: int) -> Classifier:
@@ -173,10 +177,14 @@ def _run(
 
     features = frozen(task.train)
     neighbours = _neighbours(features, config, cache)
+    # The first layer adds features and noisy labels up: beside large features the labels would not be seen.
+    size = features.square().mean().sqrt()
+    factor = (config.feature_size / size).item() if config.feature_size and size else 1.0
+    features = features * factor
     with seeded(torch.device("cpu"), seed, 0, 2):
         model = LabelDiffusion(image_encoder.cpu(), task.num_classes, features.shape[1], config.width)
     measured = {
-        name: (split, frozen(split))
+        name: (split, frozen(split) * factor)
         for name, split in (
             ("noisy_validation", task.noisy_validation),
             ("clean_validation", task.clean_validation),

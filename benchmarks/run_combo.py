@@ -137,6 +137,9 @@ def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
     """
     methods = _names("method", arguments.method, list(config["methods"]), ADAPTERS)
     refiners = _names("refine", arguments.refine, config.get("refiners", ["none", "paper"]), REFINERS)
+    for method in config["methods"]:
+        if method not in ADAPTERS:
+            raise InputError(f"methods: expected settings of {', '.join(ADAPTERS)}, got {method!r}")
     for method in methods:
         if method not in config["methods"]:
             raise InputError(
@@ -346,7 +349,10 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
         "test_accuracy": outcome.test_accuracy,
         "history": outcome.history,
     }
-    write_record(run.path, record)
+    try:
+        write_record(run.path, record)
+    except FileExistsError:  # another process with the same command was faster
+        [record] = read_records([run.path])
     checkpoint.unlink(missing_ok=True)
     return record
 

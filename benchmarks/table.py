@@ -121,6 +121,17 @@ def study_table(records: Sequence[Record]) -> str:
     return markdown([list(row) for row in zip(*rows, strict=True)] if is_wide(records) else rows)
 
 
+def speed_table(records: Sequence[Record]) -> str:
+    """The figures of one speed benchmark, a row per size."""
+    rows = [row for record in records for row in record["rows"]]
+    header = [name.replace("_", " ") for name in rows[0]]
+    return markdown([header, *([_figure(value) for value in row.values()] for row in rows)])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
@@ -151,11 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         records = read_records(options.records)
+        if not records:
+            raise InputError(f"records: expected .json files in {', '.join(map(str, options.records))}, got none")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     studies = list(dict.fromkeys(record["study"] for record in records if "study" in record))
     tables = [study_table([record for record in records if record.get("study") == study]) for study in studies]
+    benchmarks = dict.fromkeys(record["benchmark"] for record in records if "benchmark" in record)
+    tables += [speed_table([record for record in records if record.get("benchmark") == name]) for name in benchmarks]
     runs = [record for record in records if "method" in record]
     print("\n\n".join([table(runs), *tables] if runs else tables))
     return 0

@@ -198,8 +198,8 @@ def _refine(options: argparse.Namespace) -> int:
 def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
     """What the paper's rule decides, as arguments of `record`."""
     logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in ("logits", "prototypes"))
-    check_array("logits", logits, ("N", "C"))
-    check_array("given", given, (len(logits),))
+    check_array("logits", logits, (len(features), "C"))
+    check_array("given", given, (len(features),))
     decision = refine_labels(
         features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
     )
