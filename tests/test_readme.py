@@ -9,7 +9,7 @@ from benchmarks import table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-TABLES = re.findall(r"<!-- python benchmarks/table\.py ([^\n]+) -->\n\n(\|.*?\n)\n", README, re.DOTALL)
+TABLES = re.findall(r"<!-- python benchmarks/table\.py ([^\n]+) -->\n\n((?:\|[^\n]*\n|\n(?=\|))+)", README)
 
 
 @pytest.mark.parametrize(("arguments", "shown"), TABLES, ids=[arguments for arguments, _ in TABLES])
