@@ -126,6 +126,7 @@ def anchored_posterior(
         InputError: An argument has the wrong kind, type, shape or range, or a class has no synthetic image.
 
     Example:
+        >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> true = rng.integers(0, 2, 400)
         >>> given = np.where(rng.random(400) < 0.3, 1 - true, true)

@@ -177,6 +177,7 @@ def _refine(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             options.usage(f"--refiner {options.refiner} has no use for --{name.replace('_', '-')}")
     features = read_npy("features", options.features, "f")
+    check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
     decided = _paper(options, features, given) if options.refiner == "paper" else _anchored(options, features, given)
     files = ["features", "given", *(name for name in needed if name != "threshold")]

@@ -221,7 +221,7 @@ def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
         ("features.npy", np.zeros((COUNT, 8), int), "features: expected numbers, but features.npy holds int64"),
         ("features.npy", np.zeros((5, 8)), r"logits: expected shape (5, C), got (60, 3)"),
         ("features.npy", np.zeros(8), "features: expected shape (N, D), got (8,)"),
-        ("logits.npy", np.zeros(3), "logits: expected shape (N, C), got (3,)"),
+        ("logits.npy", np.zeros(3), "logits: expected shape (60, C), got (3,)"),
         ("prototypes.npy", np.zeros((3, 8)), "prototypes: expected a finite, non-zero row per class"),
         ("prototypes.npy", np.zeros((3, 9)), "prototypes: expected shape (3, 8), got (3, 9)"),
         ("given.npy", np.zeros(5, int), "given: expected shape (60,), got (5,)"),

@@ -16,6 +16,7 @@ from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
 
+from adapters import check_options
 from adapters.network import resolve
 from benchmarks import data
 from synth_refine import InputError
@@ -383,10 +384,9 @@ def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
     assert config["dataset"] == name
     for noise_name in config["noise"]:
         data.noisy_labels(noise_name, np.arange(300) % 100, 100, pmd_stand_in, {0: 1})
-    defaults = {"standard": standard.Config(), "relabel": standard.FINE_TUNE, "plc": plc.Config()}
     for method, options in config["methods"].items():
-        resolve(method, defaults[method], options)
-    resolve("initial", standard.Config(), {key: value for key, value in config["initial"].items() if key != "select"})
+        check_options(method, options)
+    check_options("initial", config["initial"])
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
