@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synth_refine import class_prototypes, refine_labels
-from synth_refine.anchored import Posterior, anchored_posterior, cross_fit, standardised
+from synth_refine.anchored import HIDDEN, Posterior, anchored_posterior, cross_fit, standardised
 from synth_refine.decide import check_row_order, decide, prototype_classes
 
 VOTE_ROWS = 1024  # rows of a block of neighbours
@@ -32,6 +32,7 @@ class Evidence:
     num_classes: int
     seed: int = 0
     text_prototypes: Tensor | None = None  # (C, D), of an encoder that reads text
+    two_views: bool = False  # whether the classifier behind `logits` sees the images otherwise than through `features`
 
 
 Refiner = Callable[..., Tensor]
@@ -56,14 +57,14 @@ def zero_shot(evidence: Evidence) -> Tensor:
     return decision.apply(evidence.given)
 
 
-def anchored(evidence: Evidence, margin: float | None = None, rounds: int = 12) -> Tensor:
+def anchored(evidence: Evidence, margin: float | None = None, rounds: int = 12, hidden: int = HIDDEN) -> Tensor:
     """The most probable true class where `decide` changes the label, the given label elsewhere."""
-    return decide(_posterior(evidence, rounds), evidence.given, margin=margin).apply(evidence.given)
+    return decide(_posterior(evidence, rounds, hidden), evidence.given, margin=margin).apply(evidence.given)
 
 
-def anchored_soft(evidence: Evidence, rounds: int = 12) -> Tensor:
+def anchored_soft(evidence: Evidence, rounds: int = 12, hidden: int = HIDDEN) -> Tensor:
     """The posterior of the true class as soft labels."""
-    posterior = _posterior(evidence, rounds).posterior
+    posterior = _posterior(evidence, rounds, hidden).posterior
     assert isinstance(posterior, Tensor)
     return posterior
 
@@ -104,7 +105,7 @@ def knn_vote(evidence: Evidence, neighbours: int = 10) -> Tensor:
     return labels
 
 
-def _posterior(evidence: Evidence, rounds: int) -> Posterior:
+def _posterior(evidence: Evidence, rounds: int, hidden: int) -> Posterior:
     opinion = prototype_classes(evidence.features, evidence.synthetic, evidence.synthetic_labels, evidence.num_classes)
     opinions = torch.from_numpy(opinion).to(evidence.given.device)
     check_row_order(evidence.given, opinions, evidence.num_classes)
@@ -115,8 +116,10 @@ def _posterior(evidence: Evidence, rounds: int) -> Posterior:
         evidence.synthetic_labels,
         num_classes=evidence.num_classes,
         text_prototypes=evidence.text_prototypes,
+        second_view=evidence.logits if evidence.two_views else None,
         seed=evidence.seed,
         rounds=rounds,
+        hidden=hidden,
     )
 
 

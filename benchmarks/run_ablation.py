@@ -47,6 +47,7 @@ class Point:
     value: float | str  # its place on the horizontal axis
     labels: Callable[[Evidence], Tensor]  # refined labels, (N,); DISCARDED takes an image out
     add_synthetic: bool = False  # train on the synthetic images as well
+    images: int = 0  # synthetic images per class that it needs; with fewer, the point is left out
 
 
 Study: TypeAlias = "list[Point]"
@@ -141,7 +142,7 @@ STUDIES: dict[str, Study] = {
         for value in (0, 0.25, 0.5, 0.75, 0.9, 1)
     ],
     "images": [
-        Point(name, count, on(partial(fewer_images, count=count), refine))
+        Point(name, count, on(partial(fewer_images, count=count), refine), images=count)
         for name, refine in {**SIMPLE, "anchored": refiners.anchored}.items()
         for count in (1, 3, 10, 30, 100, 300, 480)
     ],
@@ -150,6 +151,14 @@ STUDIES: dict[str, Study] = {
         Point(name, how, on(place, refine)) for name, refine in SIMPLE.items() for how, place in PLACES.items()
     ],
     "rounds": [Point("anchored", value, partial(refiners.anchored, rounds=value)) for value in (1, 2, 4, 8, 12, 16)],
+    "head": [
+        Point("anchored", name, partial(refiners.anchored, hidden=units))
+        for name, units in {"linear": 0, "64 hidden": 64, "256 hidden": 256, "1024 hidden": 1024}.items()
+    ],
+    "views": [  # two where the encoder is a frozen one and the initial classifier sees pixels
+        Point("anchored", "features alone", on(partial(dataclasses.replace, two_views=False), refiners.anchored)),
+        Point("anchored", "as configured", refiners.anchored),
+    ],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
     "discard": [  # of these the figure is the test accuracy of `standard`, of the others the noise
         Point("standard", "all", refiners.none),
@@ -184,10 +193,12 @@ def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any
 
 def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) -> Record:
     """The record of one study on one set of given labels; read where it exists already."""
+    available = int(refined.benchmark.task.synthetic.labels.bincount().min())
+    chosen = [point for point in STUDIES[study] if point.images <= available]
     settings = {
         "config": {key: value for key, value in config.items() if key not in ("noise", "seeds", "refiners")},
         "files": dict(refined.given.files),
-        "points": [[point.series, point.value] for point in STUDIES[study]],
+        "points": [[point.series, point.value] for point in chosen],
     }
     name = f"{study}_{refined.given.noise}_seed{refined.given.seed}_{digest(settings)}.json"
     path = refined.given.folder / "ablation" / name
@@ -195,7 +206,7 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
         return read_records([path])[0]
     unfinished = refined.work / name
     points: list[Record] = json.loads(unfinished.read_text()) if unfinished.exists() else []
-    for point in STUDIES[study][len(points) :]:
+    for point in chosen[len(points) :]:
         points.append(measure(study, point, refined, config))
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         with write_atomic(unfinished) as file:

@@ -292,6 +292,7 @@ class Refined:
             task.num_classes,
             self.given.seed,
             text_prototypes,
+            two_views=self._config.get("encoder", "classifier") not in ("classifier", "given"),
         )
 
     def labels(self, refiner: str) -> tuple[Tensor, float]:

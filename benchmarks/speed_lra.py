@@ -57,7 +57,7 @@ def lra(
     def step(batch: Tensor, labels_now: Tensor, found_now: Tensor, places: Tensor) -> None:
         targets, weights = draw_targets(labels_now, found_now, places)
         inputs = features[batch]
-        loss = loss_of(network, inputs, inputs, targets, weights)
+        loss = loss_of(network, network.image_encoder(inputs), inputs, targets, weights)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
         nn.utils.clip_grad_norm_(network.denoiser.parameters(), 1.0)

@@ -25,7 +25,9 @@ Tried on CIFAR-10 (MobileNetV2 features, 100 synthetic images per class) and lef
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ DROPOUT = 0.3
 ANCHOR_WEIGHT = 0.3  # anchors drawn per real image of a batch
 TRANSITION_STEPS = 10  # maximisation steps of T per round
 SETTLED = 0.001  # stop when a round changes fewer labels than this
+LEVELS = 3  # of confidence, at which a second view's answers are told apart
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,10 @@ def anchored_posterior(
     *,
     num_classes: int | None = None,
     text_prototypes: ArrayT | None = None,
+    second_view: ArrayT | None = None,
     seed: int = 0,
     rounds: int = 12,
+    hidden: int = HIDDEN,
     progress: bool = False,
 ) -> Posterior:
     """Estimate the true class of every image from its features, its given label and synthetic images.
@@ -115,8 +120,12 @@ def anchored_posterior(
         num_classes: C; by default the largest anchor label plus one.
         text_prototypes: Text features of the classes by the same encoder, (C, D); they join the first opinion where
             that makes the given labels more likely.
+        second_view: Logits, (N, C), of a classifier trained on the given labels that sees the images otherwise than
+            through `features`, from their pixels for example. It is read as a second labeller, with a transition
+            matrix of its own at each of three levels of confidence. A classifier on the same features is none.
         seed: Same seed, inputs and thread count, same result.
         rounds: Most rounds to run.
+        hidden: Units of the heads' hidden layer; 0 makes them linear.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -136,9 +145,11 @@ def anchored_posterior(
         >>> bool((result.posterior.argmax(axis=1) != true).mean() < 0.02)
         True
     """
-    classes = _checked_classes(features, given, anchors, anchor_labels, num_classes, text_prototypes)
+    classes = _checked_classes(features, given, anchors, anchor_labels, num_classes, text_prototypes, second_view)
     if rounds < 1:
         raise InputError(f"rounds: expected at least 1, got {rounds}")
+    if hidden < 0:
+        raise InputError(f"hidden: expected 0 or more units, got {hidden}")
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -149,8 +160,10 @@ def anchored_posterior(
             label_tensor(anchor_labels, device),
             classes,
             None if text_prototypes is None else _tensor_like(text_prototypes, device),
+            None if second_view is None else _tensor_like(second_view, device),
             seed,
             rounds,
+            hidden,
             progress,
         )
     if isinstance(features, Tensor):
@@ -171,6 +184,7 @@ def _checked_classes(
     anchor_labels: Array,
     num_classes: int | None,
     text_prototypes: Array | None,
+    second_view: Array | None,
 ) -> int:
     """Refuse what does not fit together; the number of classes."""
     check_array("features", features, ("N", "D"))
@@ -179,8 +193,9 @@ def _checked_classes(
     check_labels("anchor_labels", anchor_labels)
     check_array("anchor_labels", anchor_labels, (anchors.shape[0],))
     floating = [("features", features), ("anchors", anchors)]
-    if text_prototypes is not None:
-        floating.append(("text_prototypes", text_prototypes))
+    for name, extra in (("text_prototypes", text_prototypes), ("second_view", second_view)):
+        if extra is not None:
+            floating.append((name, extra))
     for name, value in floating:
         check_floating(name, value)
     others = [("given", given), ("anchor_labels", anchor_labels), *floating[1:]]
@@ -199,6 +214,8 @@ def _checked_classes(
         raise InputError(f"anchor_labels: expected at least one image per class, got none for class {missing}")
     if text_prototypes is not None:
         check_array("text_prototypes", text_prototypes, (num_classes, features.shape[1]))
+    if second_view is not None:
+        check_array("second_view", second_view, (features.shape[0], num_classes))
     for name, value in floating[1:]:
         finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
         if not bool(finite.all()):
@@ -218,8 +235,10 @@ def _rounds(
     anchor_labels: Tensor,
     num_classes: int,
     text: Tensor | None,
+    view: Tensor | None,
     seed: int,
     rounds: int,
+    hidden: int,
     progress: bool,
 ) -> Posterior:
     skipped = ~features.isfinite().all(dim=1)
@@ -233,15 +252,19 @@ def _rounds(
     anchor_head = torch.full((anchors.shape[0], num_classes), 1 / num_classes, device=features.device)
     if scored.shape[0] > 0:
         real, reference, words = standardised(features[scored], anchors, text)
+        answers = None if view is None else _answers(view[scored])
         first, tau = _first_opinion(real, reference, anchor_labels, words, kept, num_classes)
+        first = first if answers is None else _heard(first, answers, kept)
         transition = fit_transition(first, kept)
         belief = bayes(first, transition, kept)
         least = log_likelihood(first, transition, kept)
-        epochs = _chosen_epochs(real, belief, reference, anchor_labels, kept, seed * 1000)
+        fit = partial(cross_fit, real, reference=reference, anchor_labels=anchor_labels, hidden=hidden)
+        epochs = _chosen_epochs(fit, belief, kept, seed * 1000)
         bar = tqdm(range(rounds), desc="anchored", disable=not progress, leave=False)
         for number in bar:
             before = belief.argmax(dim=1)
-            opinion, _ = cross_fit(real, belief, reference, anchor_labels, seed=seed * 1000 + number, epochs=epochs)
+            opinion, _ = fit(targets=belief, seed=seed * 1000 + number, epochs=epochs)
+            opinion = opinion if answers is None else _heard(opinion, answers, kept)
             transition = fit_transition(opinion, kept)
             belief = bayes(opinion, transition, kept)
             entry = {
@@ -259,21 +282,17 @@ def _rounds(
             opinion, transition = first, fit_transition(first, kept)
             belief = bayes(opinion, transition, kept)
         head[scored], posterior[scored] = opinion, belief
-        _, anchor_head = cross_fit(
-            real, belief, reference, anchor_labels, seed=seed * 1000 + rounds, epochs=epochs, fold_anchors=True
-        )
+        _, anchor_head = fit(targets=belief, seed=seed * 1000 + rounds, epochs=epochs, fold_anchors=True)
     noise_before = 1 - float(posterior.gather(1, given[:, None]).mean())
     noise_after = 1 - float(posterior.max(dim=1).values.mean())
     return Posterior(posterior, transition, head, noise_before, noise_after, history, skipped, anchor_head)
 
 
-def _chosen_epochs(
-    real: Tensor, belief: Tensor, reference: Tensor, anchor_labels: Tensor, given: Tensor, seed: int
-) -> int:
+def _chosen_epochs(fit: Callable[..., tuple[Tensor, Tensor]], belief: Tensor, given: Tensor, seed: int) -> int:
     """The shortest fit whose held-out likelihood of the given labels a longer one does not clearly beat."""
     chosen, most = EPOCHS[0], -float("inf")
     for epochs in EPOCHS:
-        opinion, _ = cross_fit(real, belief, reference, anchor_labels, seed=seed, epochs=epochs)
+        opinion, _ = fit(targets=belief, seed=seed, epochs=epochs)
         value = log_likelihood(opinion, fit_transition(opinion, given), given)
         if value > most + LIKELIER:
             chosen, most = epochs, value
@@ -363,6 +382,24 @@ def _sharpness(cosine: Tensor, confidence: float) -> float:
     return middle
 
 
+def _answers(logits: Tensor) -> Tensor:
+    """What a second view says of each image: its class and, in steps of equally many images, how sure it is, (N,)."""
+    sure, winner = logits.softmax(dim=1).max(dim=1)
+    levels = sure.argsort().argsort() * LEVELS // sure.shape[0]
+    return winner * LEVELS + levels
+
+
+def _heard(opinion: Tensor, answers: Tensor, given: Tensor) -> Tensor:
+    """The opinion after hearing a second labeller, whose transition matrix is fitted along with the given labels'."""
+    classes = opinion.shape[1]
+    belief = opinion
+    for _ in range(TRANSITION_STEPS + 1):
+        counts = opinion.new_zeros((classes * LEVELS, classes)).index_add_(0, answers, belief)
+        heard = F.normalize(opinion * F.normalize(counts + 1 / LEVELS, p=1, dim=0)[answers], p=1, dim=1)
+        belief = bayes(heard, F.normalize(belief.T @ F.one_hot(given, classes).to(belief.dtype) + 1, p=1, dim=1), given)
+    return heard
+
+
 def fit_transition(opinion: Tensor, given: Tensor, steps: int = TRANSITION_STEPS) -> Tensor:
     """The likeliest transition matrix for fixed opinions, by expectation maximisation with one count added per cell.
 
@@ -400,6 +437,7 @@ def cross_fit(
     seed: int,
     *,
     epochs: int = EPOCHS[0],
+    hidden: int = HIDDEN,
     fold_anchors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Out-of-fold probabilities of heads trained on soft targets and on the anchors.
@@ -411,6 +449,7 @@ def cross_fit(
         anchor_labels: (M,) int64.
         seed: Draws the folds, the weights and the batches.
         epochs: Passes over the real images of a fold.
+        hidden: Units of the hidden layer; 0 for linear heads.
         fold_anchors: Hold out anchors as well; otherwise every head trains on all of them.
 
     Returns:
@@ -427,7 +466,9 @@ def cross_fit(
         anchors_out, anchors_in = anchor_order[fold::FOLDS], anchor_order
         if fold_anchors and anchor_order.shape[0] >= FOLDS:
             anchors_in = _other_folds(anchor_order, fold)
-        head = _fit_head(real[others], targets[others], reference[anchors_in], answers[anchors_in], generator, epochs)
+        head = _fit_head(
+            real[others], targets[others], reference[anchors_in], answers[anchors_in], generator, epochs, hidden
+        )
         with torch.no_grad():
             anchor_opinion[anchors_out] = head(reference[anchors_out]).softmax(dim=1)
             for start in range(0, held_out.shape[0], CHUNK_ROWS):
@@ -441,17 +482,23 @@ def _other_folds(order: Tensor, fold: int) -> Tensor:
 
 
 def _fit_head(
-    real: Tensor, targets: Tensor, reference: Tensor, answers: Tensor, generator: torch.Generator, epochs: int
+    real: Tensor,
+    targets: Tensor,
+    reference: Tensor,
+    answers: Tensor,
+    generator: torch.Generator,
+    epochs: int,
+    hidden: int,
 ) -> nn.Module:
-    """A head with one hidden layer, AdamW on a one-cycle schedule."""
+    """A head with one hidden layer, or a linear one, AdamW on a one-cycle schedule."""
     count, device = real.shape[0], real.device
     batch = min(max(BATCH[0], count // STEPS_PER_EPOCH), BATCH[1], max(count, 1))
     steps = epochs * max(STEPS_PER_EPOCH, count // max(batch, 1))
     drawn = max(round(ANCHOR_WEIGHT * batch), 1) if reference.shape[0] else 0
     torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
-    head = nn.Sequential(
-        nn.Linear(real.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, targets.shape[1])
-    ).to(device)
+    width, classes = real.shape[1], targets.shape[1]
+    layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(DROPOUT)] if hidden else []
+    head = nn.Sequential(*layers, nn.Linear(hidden or width, classes)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     queue = torch.empty(0, dtype=torch.int64)

@@ -41,6 +41,28 @@ def test_clean_labels_stay():
     assert (decide(result, given).apply(given) != given).mean() <= 0.005
 
 
+def test_a_second_view_is_heard_and_what_it_gets_wrong_is_seen_through():
+    features, given, anchors, anchor_labels, true = problem(noise=0.5, distance=1.5)
+    rng = np.random.default_rng(1)
+    # Confidently right on half of the images; on the others unsure, and then always naming the next class.
+    right = rng.random(len(true)) < 0.5
+    answer = np.where(right, true, (true + 1) % 4)
+    logits = (np.eye(4)[answer] * np.where(right, 6.0, 1.0)[:, None]).astype(np.float32)
+    alone = anchored_posterior(features, given, anchors, anchor_labels)
+    both = anchored_posterior(features, given, anchors, anchor_labels, second_view=logits)
+    wrong_alone, wrong_both = ((one.posterior.argmax(axis=1) != true).mean() for one in (alone, both))
+    assert wrong_both < 0.5 * wrong_alone
+    assert wrong_both < 0.5 * (answer != true).mean()
+
+
+def test_linear_heads():
+    features, given, anchors, anchor_labels, true = problem(noise=0.7)
+    linear = anchored_posterior(features, given, anchors, anchor_labels, hidden=0)
+    assert (linear.posterior.argmax(axis=1) != true).mean() < 0.05
+    hidden = anchored_posterior(features, given, anchors, anchor_labels)
+    assert not np.array_equal(linear.posterior, hidden.posterior)
+
+
 def test_shapes_sums_and_types():
     features, given, anchors, anchor_labels, _ = problem(count=80)
     result = anchored_posterior(features, given, anchors, anchor_labels, rounds=2)

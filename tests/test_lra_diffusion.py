@@ -311,3 +311,21 @@ def test_bad_input_is_named() -> None:
     fails(r"neighbours: expected \(60, 5\), got \(60, 4\)", neighbours=torch.zeros(60, 4, dtype=torch.int64))
     fails(r"neighbours: expected 1 to 59 for 60 rows, got 60", config=replace(SHORT, neighbours=60))
     fails(r"sampling_steps: expected a divisor of 1000, got 3", config=replace(SHORT, sampling_steps=3))
+
+
+def test_an_untrained_image_encoder_is_asked_once_where_nothing_changes_its_answers() -> None:
+    features, labels = blobs(count=100)
+    asked = 0
+
+    def count(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+
+    for config, expected in (
+        (replace(SHORT, train_image_encoder=False), 1),
+        (replace(SHORT, train_image_encoder=False, encoder_eval_mode=False), 8),
+    ):
+        asked, model = 0, network(features)
+        model.image_encoder.register_forward_hook(count)
+        lra_diffusion.train(model, features, features, labels, config, measure=silent, seed=0)
+        assert asked == expected

@@ -50,7 +50,7 @@ class Config:
     exclude_self: bool = True  # an image is no neighbour of its own; its own label joins the draw once all the same
     sampling_steps: int = 10  # must divide the diffusion's steps
     train_image_encoder: bool = True  # False: it stays as it was initialised
-    encoder_eval_mode: bool = True  # predict with running statistics; False: with those of the batch being predicted
+    encoder_eval_mode: bool = True  # predict (and, untrained, train) with running statistics; False: with the batch's
     use_ema: bool = True  # predict with the moving average of the weights
     ema_decay: float = 0.9999  # at most; update n uses (1 + n) / (10 + n) while that is less, for short runs
     measure_every: int = 5  # epochs; the last one is always measured
@@ -281,12 +281,12 @@ def antithetic_steps(count: int, steps: int, device: torch.device) -> Tensor:
     return torch.cat([half, steps - 1 - half])[:count]
 
 
-def loss_of(network: LabelDiffusion, inputs: Tensor, features: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def loss_of(network: LabelDiffusion, embedding: Tensor, features: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Weighted squared error of the predicted noise, averaged over the classes.
 
     Args:
         network: In training mode.
-        inputs: What the image encoder takes, B rows.
+        embedding: Of the image encoder, (B, E).
         features: Of the frozen encoder, (B, P).
         targets: Classes, (B,).
         weights: (B,), summing to one.
@@ -296,7 +296,6 @@ def loss_of(network: LabelDiffusion, inputs: Tensor, features: Tensor, targets: 
     clean = F.one_hot(targets, network.denoiser.num_classes).float()
     noise = torch.randn_like(clean)
     noisy = left.sqrt() * clean + (1 - left).sqrt() * noise
-    embedding = network.image_encoder(inputs).float()
     predicted = network.denoiser(noisy, steps, network.denoiser.condition(features, embedding))
     loss: Tensor = (weights * (predicted - noise).square().mean(dim=1)).sum()
     return loss
@@ -329,6 +328,14 @@ def predictor(network: LabelDiffusion, config: Config) -> Predict:
         return torch.cat([decide(network.sample(some, of, config.sampling_steps)) for some, of in batches])
 
     return predict
+
+
+@torch.no_grad()
+def _embeddings(network: LabelDiffusion, inputs: Tensor, config: Config) -> Tensor:
+    """What the untrained image encoder says of every image, (N, E)."""
+    network.image_encoder.eval()
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.bf16):
+        return torch.cat([network.image_encoder(some).float() for some in torch.split(inputs, config.measure_batch)])
 
 
 def _average(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
@@ -401,6 +408,10 @@ def train(
     predicting = network if average is None else cast(LabelDiffusion, average.module)
 
     history: list[dict[str, float]] = []
+    untrained = not config.train_image_encoder and config.encoder_eval_mode
+    embeddings = None
+    if untrained and (inputs.ndim == 2 or not (config.crop_padding or config.flip)):  # the same in every epoch
+        embeddings = _embeddings(network, inputs, config)
     found = f"{zlib.crc32(neighbours.cpu().numpy().tobytes()):08x}"  # another encoder finds other ones
     progress = Progress(checkpoint, "lra_diffusion", config, seed, inputs, labels, neighbours_found=found)
     if state := progress.load(network, optimiser):
@@ -412,6 +423,7 @@ def train(
     for epoch in bar:
         with seeded(device, seed, epoch):
             network.train()
+            network.image_encoder.train(not untrained)
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
             for index, rows in enumerate(batches):
@@ -419,9 +431,14 @@ def train(
                 for group in optimiser.param_groups:
                     group["lr"] = rate
                 targets, weights = draw_targets(labels, neighbours, rows)
-                batch = take_batch(inputs, rows, config.crop_padding, config.flip)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    loss = loss_of(network, batch, features[rows], targets, weights)
+                    if embeddings is not None:
+                        embedding = embeddings[rows]
+                    else:
+                        embedding = network.image_encoder(
+                            take_batch(inputs, rows, config.crop_padding, config.flip)
+                        ).float()
+                    loss = loss_of(network, embedding, features[rows], targets, weights)
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
                 for part in trained:
