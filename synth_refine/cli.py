@@ -13,12 +13,14 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from synth_refine import pipeline
 from synth_refine._check import InputError, check_array
 from synth_refine.anchored import anchored_posterior
 from synth_refine.artifact import (
@@ -42,6 +44,8 @@ FINE, PROBLEM, BAD_INPUT = 0, 1, 3
 REFINERS = {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")}
 """What each refiner needs besides features and given labels."""
 
+IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
+
 REFINE = """examples:
   synth-refine refine --features features.npy --logits logits.npy --prototypes prototypes.npy \\
       --given given.npy --threshold 0.6 --out refined
@@ -59,6 +63,11 @@ EXPORT = """example:
 VERIFY = """examples:
   synth-refine verify refined
   synth-refine verify refined --labels labels.npy"""
+RUN = """examples:
+  synth-refine run photos --classes classes.yaml --synthetic drawn --out result
+  synth-refine run photos --classes classes.yaml --out result --encoder timm:resnet50.a1_in1k --dry-run"""
+EMBED = """example:
+  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14/openai"""
 ENV = """example:
   synth-refine env"""
 
@@ -150,8 +159,25 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--labels", metavar="FILE", help="labels that should be the refined ones")
     verify.add_argument("--key", help="the entry, for a .pt file")
 
+    run = command("run", _run, "refine a folder of images per class and write a page to review", RUN)
+    run.add_argument("--synthetic", metavar="SOURCE", help="synthetic images, like IMAGES; generated where not given")
+    run.add_argument("--refiner", choices=sorted(REFINERS), help="(anchored)")
+    run.add_argument("--threshold", type=_auto, metavar="auto|X", help="smallest score that changes a label (auto)")
+    run.add_argument("--seed", type=int, help="same seed, same result (0)")
+    run.add_argument("--config", metavar="YAML", help="settings, as in the config.yaml of a result; options come first")
+    run.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    embed = command("embed", _embed, "write the features of images for the command refine", EMBED)
+    for reader in (run, embed):
+        reader.add_argument("images", nargs="?", metavar="IMAGES", help=IMAGES)
+        reader.add_argument("--classes", metavar="YAML", help="class names, or folder names with what prompts say")
+        reader.add_argument("--encoder", metavar="NAME", help="open_clip:MODEL/TAG, timm:MODEL or an open_clip folder")
+        reader.add_argument("--weights", metavar="FILE", help="local weights of the encoder")
+        reader.add_argument("--device", help="cpu, cuda (the GPU if there is one)")
+        reader.add_argument("--workers", type=int, help="processes that decode images (2)")
+        reader.add_argument("--out", metavar="FOLDER", help="all results")
+
     command("env", _env, "show the versions that numbers depend on, as JSON", ENV)
-    for writer in (refine, apply, revert, send):
+    for writer in (refine, apply, revert, send, run):
         writer.add_argument("--dry-run", action="store_true", help="check and report everything, write nothing")
     return parser
 
@@ -166,6 +192,37 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError
     return number
+
+
+def _auto(text: str) -> float | str:
+    return text if text == "auto" else _finite(text)
+
+
+def _settings(options: argparse.Namespace) -> pipeline.Settings:
+    """What the options say, over what the config says."""
+    entries = pipeline.read_config(options.config) if getattr(options, "config", None) else {}
+    names = [one.name for one in fields(pipeline.Settings)]
+    entries |= {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    for name, shown in (("images", "IMAGES"), ("out", "--out FOLDER")):
+        if name not in entries:
+            options.usage(f"the following arguments are required: {shown}")
+    return pipeline.Settings(**entries)
+
+
+def _run(options: argparse.Namespace) -> int:
+    done = pipeline.run(_settings(options), dry_run=options.dry_run)
+    result = done if isinstance(done, dict) else asdict(done)
+    if options.json:
+        _show(result)
+    else:
+        notes = result.pop("notes", {})
+        print("\n".join(f"{name}: {value}" for name, value in {**result, **notes}.items()))
+    return FINE
+
+
+def _embed(options: argparse.Namespace) -> int:
+    _show(pipeline.embed(_settings(options)))
+    return FINE
 
 
 def _refine(options: argparse.Namespace) -> int:
