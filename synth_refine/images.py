@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -90,7 +90,7 @@ def decode(
                 return _rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         kind = what_is(data[:512]) or "no image of a known format"
         raise InputError(f"image: expected {', '.join(FORMATS)}, got {kind}") from error
     except Exception as error:  # a damaged file can fail in any way a decoder can
