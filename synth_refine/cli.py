@@ -36,8 +36,10 @@ from synth_refine.artifact import (
 from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
 from synth_refine.export import FORMATS, export
 from synth_refine.files import file_hash, read_npy
+from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
+from synth_refine.trees import apply_tree, revert_tree
 
 FINE, PROBLEM, BAD_INPUT = 0, 1, 3
 
@@ -45,6 +47,11 @@ REFINERS = {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchor
 """What each refiner needs besides features and given labels."""
 
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
+
+TREE = (
+    "a folder per class, or a .csv of paths and labels, in place of a label file: its images are copied into a new "
+    "folder per class and the old one is left as it is, or a new .csv is written beside the old one"
+)
 
 REFINE = """examples:
   synth-refine refine --features features.npy --logits logits.npy --prototypes prototypes.npy \\
@@ -66,6 +73,10 @@ VERIFY = """examples:
 RUN = """examples:
   synth-refine run photos --classes classes.yaml --synthetic drawn --out result
   synth-refine run photos --classes classes.yaml --out result --encoder timm:resnet50.a1_in1k --dry-run"""
+GENERATE = """examples:
+  synth-refine generate --classes classes.yaml --out drawn --model glyphs --per-class 20
+  synth-refine generate --classes classes.yaml --out drawn --templates "A photo of {category}." "{category}, sketched"
+  accelerate launch -m synth_refine.cli generate --classes classes.yaml --out drawn"""
 EMBED = """example:
   synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14/openai"""
 ENV = """example:
@@ -87,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ImportError) as error:
         _say(f"synth-refine: {error}")
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -133,13 +144,15 @@ def _parser() -> argparse.ArgumentParser:
 
     apply = command("apply", _apply, "turn given labels into the refined ones", APPLY)
     apply.add_argument("artifact", help="folder of an artifact")
-    _labels_option(apply, "--given", "the labels that were refined")
-    apply.add_argument("--out", required=True, metavar="FILE", help="label file to write, .npy or .csv")
+    _labels_option(apply, "--given", "the labels that were refined", TREE)
+    apply.add_argument("--out", required=True, metavar="FILE", help="label file, or with --images new folder, to write")
 
     revert = command("revert", _revert, "turn refined labels back into the given ones, bit for bit", REVERT)
     revert.add_argument("artifact", help="folder of an artifact")
-    _labels_option(revert, "--labels", "the refined labels")
-    revert.add_argument("--out", required=True, metavar="FILE", help="label file to write, .npy or .csv")
+    _labels_option(revert, "--labels", "the refined labels", TREE)
+    revert.add_argument(
+        "--out", required=True, metavar="FILE", help="label file, or with --images new folder, to write"
+    )
 
     diff = command("diff", _diff, "list what an artifact changes, or where two sets of labels differ", DIFF)
     diff.add_argument("first", help="folder of an artifact, or a label file")
@@ -167,6 +180,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--config", metavar="YAML", help="settings, as in the config.yaml of a result; options come first")
     run.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     embed = command("embed", _embed, "write the features of images for the command refine", EMBED)
+    draw = command("generate", _generate, "draw synthetic images for classes, with a manifest", GENERATE)
+    draw.add_argument("--classes", required=True, metavar="YAML", help="class names, or names with what prompts say")
+    draw.add_argument("--out", required=True, metavar="FOLDER", help="one folder of images per class")
+    draw.add_argument("--seed", type=int, help="same seed, same images (0)")
+    draw.add_argument("--device", help="cpu, cuda (the GPU if there is one)")
+    draw.add_argument("--config", metavar="YAML", help="settings; options come first")
+    for drawer in (draw, run):
+        drawer.add_argument("--model", help="diffusers model by name or folder, or glyphs (stabilityai/sdxl-turbo)")
+        drawer.add_argument("--revision", help="of the model on the hub")
+        drawer.add_argument("--templates", nargs="+", metavar="TEXT", help="prompts (A photo of {category}.)")
+        drawer.add_argument("--per-class", type=int, help="synthetic images per class (100)")
+        drawer.add_argument("--steps", type=int, help="of the model (1)")
+        drawer.add_argument("--guidance", type=float, help="of the model (0)")
+        drawer.add_argument("--size", type=int, help="pixels of the synthetic images (512, glyphs 32)")
+        drawer.add_argument("--batch-size", type=int, help="images drawn at once (8)")
     for reader in (run, embed):
         reader.add_argument("images", nargs="?", metavar="IMAGES", help=IMAGES)
         reader.add_argument("--classes", metavar="YAML", help="class names, or folder names with what prompts say")
@@ -182,8 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _labels_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    parser.add_argument(name, required=True, metavar="FILE", help=f"{text}; .npy, .csv with id, or CIFAR-N's .pt")
+def _labels_option(parser: argparse.ArgumentParser, name: str, text: str, images: str = "") -> None:
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument(name, metavar="FILE", help=f"{text}; .npy, .csv with id, or CIFAR-N's .pt")
+    if images:
+        group.add_argument("--images", metavar="SOURCE", help=images)
+        parser.add_argument("--link", action="store_true", help="with --images: hard links instead of copies")
     parser.add_argument("--key", help="the entry, for a .pt file")
 
 
@@ -217,6 +249,13 @@ def _run(options: argparse.Namespace) -> int:
     else:
         notes = result.pop("notes", {})
         print("\n".join(f"{name}: {value}" for name, value in {**result, **notes}.items()))
+    return FINE
+
+
+def _generate(options: argparse.Namespace) -> int:
+    options.images = ""
+    manifest = pipeline.generate(_settings(options), read_classes(options.classes))
+    _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
     return FINE
 
 
@@ -298,14 +337,24 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
 
 def _apply(options: argparse.Namespace) -> int:
     artifact = read_artifact(options.artifact)
+    if options.images:
+        return _tree(options, artifact, apply_tree)
     given, ids = read_labels_and_ids(options.given, key=options.key)
     return _write(options, artifact, artifact.apply(given, ids), ids)
 
 
 def _revert(options: argparse.Namespace) -> int:
     artifact = read_artifact(options.artifact)
+    if options.images:
+        return _tree(options, artifact, revert_tree)
     labels, ids = read_labels_and_ids(options.labels, key=options.key)
     return _write(options, artifact, artifact.revert(labels, ids), ids)
+
+
+def _tree(options: argparse.Namespace, artifact: Artifact, write: Callable[..., Path]) -> int:
+    write(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
+    _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
+    return FINE
 
 
 def _write(

@@ -17,7 +17,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ from synth_refine.decide import (
 )
 from synth_refine.encode import Encoder, encoder_by_name
 from synth_refine.files import open_plain, write_atomic
+from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, generate_images, generator_by_name
 from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
 from synth_refine.labels import csv_bytes
-from synth_refine.prototypes import class_prototypes
+from synth_refine.prototypes import class_prototypes, prototype_quality
 from synth_refine.refine import refine_labels
+from synth_refine.report import Review, write_report
 
 HEAD_EPOCHS = 8  # of the head on the given labels, for the paper's rule
 NEAREST = 5  # synthetic images shown beside a proposed change
@@ -64,6 +66,14 @@ class Settings:
     weights: str | None = None  # local file of the encoder's weights
     refiner: str = "anchored"  # or paper
     threshold: float | str = "auto"  # smallest score that changes a label; auto: see `decide.calibrate_thresholds`
+    model: str = SDXL_TURBO  # draws the synthetic images: a name on the hub, a local folder, or glyphs
+    revision: str | None = None  # of that model
+    templates: Sequence[str] = TEMPLATES  # prompts, with {category} where the class goes
+    per_class: int = PER_CLASS  # synthetic images
+    steps: int = 1  # of the model
+    guidance: float = 0.0
+    size: int | None = None  # pixels; by default 512, glyphs 32
+    batch_size: int = 8  # images per call of the model
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     workers: int = 2  # processes that decode images
@@ -123,12 +133,15 @@ def read_config(path: str) -> dict[str, Any]:
         content = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())[:160]}") from error
-    kinds = {one.name: {"str": str, "int": int}.get(str(one.type).split()[0], object) for one in fields(Settings)}
+    kinds = {
+        one.name: {"str": str, "int": int, "Sequence[str]": list}.get(str(one.type).split(" |")[0], object)
+        for one in fields(Settings)
+    }
     if not isinstance(content, dict) or not set(content) <= set(kinds):
         extra = ", ".join(map(str, set(content) - set(kinds))) if isinstance(content, dict) else "no mapping"
         raise InputError(f"config: expected the entries {', '.join(kinds)} in {path}, got {extra}")
     for name, value in content.items():
-        optional = value is None and name in ("classes", "synthetic", "weights")
+        optional = value is None and name in ("classes", "synthetic", "weights", "revision", "size")
         if not optional and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             raise InputError(f"config: expected {kinds[name].__name__} for {name} in {path}, got {value!r}")
     return content
@@ -148,11 +161,15 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
         return {"images": len(images.ids), "classes": list(images.classes), **asdict(settings), "written": False}
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
+    write(out / "config.yaml", _config(settings))
     hashes = content_hashes(images)
     table = {"id": images.ids, "label": [images.classes[label] for label in images.labels], "sha256": hashes}
     write(out / "images.csv", csv_bytes(table))
-    synthetic = open_images(settings.synthetic, images.classes)
+    source = settings.synthetic
+    if source is None:
+        categories = classes if classes is not None else {name: name for name in images.classes}
+        source = str(generate(replace(settings, out=str(out / "synthetic")), categories).parent)
+    synthetic = open_images(source, images.classes)
     features, bad = _features(encoder, images, out, settings, "images", hashes)
     anchors, unfit = _features(encoder, synthetic, out, settings, "synthetic images")
     reasons = [bad[row] for row in sorted(bad)] + [unfit[row] for row in sorted(unfit)]
@@ -167,9 +184,10 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     }
     refined = refine(features, images, anchors[fit], synthetic.labels[fit], settings, inputs)
     write_artifact(out / "refined", refined.artifact)
+    page = write_report(_review(refined, images, features, synthetic, anchors, fit), out / "report")
     summary = Summary(
         artifact=str(out / "refined"),
-        report="",
+        report=str(page),
         count=len(images.ids),
         changed=len(refined.artifact.changed),
         abstained=int((refined.artifact.action == "abstain").sum()),
@@ -179,6 +197,66 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     )
     write(out / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
     return summary
+
+
+def generate(settings: Settings, categories: Mapping[str, str]) -> Path:
+    """Draw the synthetic images of classes, with what prompts call them, into the folder `out`; the manifest."""
+    generator = generator_by_name(
+        settings.model,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        size=settings.size,
+        revision=settings.revision,
+        device=settings.device,
+        batch_size=settings.batch_size,
+    )
+    return generate_images(
+        settings.out,
+        categories,
+        generator,
+        per_class=settings.per_class,
+        templates=settings.templates,
+        seed=settings.seed,
+    )
+
+
+def _review(
+    refined: Refined,
+    images: Images,
+    features: NDArray[np.float32],
+    synthetic: Images,
+    anchors: NDArray[np.float32],
+    fit: NDArray[np.int64],
+) -> Review:
+    """What the page shows; synthetic images that could not be decoded are left out of it."""
+    artifact = refined.artifact
+    reference: NDArray[Any] = anchors[fit]
+    made_for: NDArray[Any] = synthetic.labels[fit]
+    nearest = np.full((len(images.ids), min(NEAREST, len(fit))), -1, dtype=np.int64)
+    rows = np.flatnonzero((artifact.action != "keep") & np.isfinite(features).all(axis=1))
+    if len(rows):
+        # Each domain is centred on its own mean, or all synthetic images would be about equally near.
+        left = F.normalize(torch.from_numpy(features[rows] - np.nanmean(features, axis=0)), dim=1)
+        right = F.normalize(torch.from_numpy(reference - reference.mean(axis=0)), dim=1)
+        found = [part @ right.T for part in torch.split(left, 4096)]
+        nearest[rows] = torch.cat([one.topk(nearest.shape[1], dim=1).indices for one in found]).numpy()
+    return Review(
+        classes=images.classes,
+        ids=images.ids,
+        given=images.labels,
+        proposed=artifact.labels,
+        action=artifact.action,
+        confidence=artifact.confidence,
+        reason=artifact.reason,
+        nearest=nearest,
+        image=images.image,
+        synthetic_image=lambda row: synthetic.image(int(fit[row])),
+        synthetic_labels=made_for,
+        threshold=refined.threshold,
+        sweep=refined.sweep,
+        quality=prototype_quality(reference, made_for, len(images.classes)),
+        notes=refined.notes,
+    )
 
 
 def embed(settings: Settings) -> dict[str, Any]:
@@ -200,6 +278,11 @@ def embed(settings: Settings) -> dict[str, Any]:
     rows = sorted(bad)
     write(out / "bad.csv", csv_bytes({"id": [images.ids[row] for row in rows], "reason": [bad[row] for row in rows]}))
     return {"features": str(out / "features.npy"), "count": len(features), "bad": len(bad)}
+
+
+def _config(settings: Settings) -> bytes:
+    entries = asdict(settings) | {"templates": list(settings.templates)}
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
 
 
 def write(path: Path, data: bytes) -> None:
