@@ -303,16 +303,15 @@ class TextToImage:
                     self.model, revision=self.revision, variant=self.variant, use_safetensors=True
                 )
                 folder, revision = Path(fetched), Path(fetched).name
-            half = torch.float16 if self.device.type == "cuda" else torch.float32
             automatic: Any = AutoPipelineForText2Image
-            pipeline = automatic.from_pretrained(folder, variant=self.variant, torch_dtype=half, use_safetensors=True)
+            pipeline = automatic.from_pretrained(folder, variant=self.variant, use_safetensors=True)
         except Exception as error:  # a hub client may raise anything
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"model: {self.model} cannot be had here: {text[:200]}; fetch its folder elsewhere and give its path "
                 f"as --model, or give images that you have as --synthetic"
             ) from error
-        self._pipeline = pipeline.to(self.device)
+        self._pipeline = pipeline.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
         self._pipeline.set_progress_bar_config(disable=True)
         return revision
 
@@ -440,7 +439,9 @@ class _Share:
                 from accelerate import PartialState
             except ImportError as error:
                 raise ImportError("several processes need accelerate: pip install 'synth-refine[generate]'") from error
-            self.state = PartialState()
+            self.state = PartialState(cpu=not torch.cuda.is_available())
+            if self.state.num_processes != int(os.environ["WORLD_SIZE"]):  # else all would draw everything
+                raise InputError(f"WORLD_SIZE: expected {self.state.num_processes}, as accelerate counts processes")
         self.number = 0 if self.state is None else self.state.process_index
         self.first = self.number == 0
 
