@@ -170,8 +170,8 @@ def test_killed_at_any_write_and_resumed_equals_uninterrupted(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = drawer(tiny)
-    generator.load()
-    monkeypatch.setattr(generator, "load", lambda revision=generator.load(): revision)
+    revision = generator.load()
+    monkeypatch.setattr(generator, "load", lambda: revision)
 
     def run(folder: Path) -> Path:
         return generate_images(folder, CLASSES, generator, per_class=4, seed=1)
