@@ -183,8 +183,8 @@
     const button = (action, text, key) =>
       make("button", { type: "button", class: action, "data-action": action, "aria-keyshortcuts": key, tabindex: "-1" }, text);
     return make(
-      "li",
-      { class: "card", tabindex: "-1", "data-index": index, role: "group" },
+      "article",
+      { class: "card", tabindex: "-1", "data-index": index },
       picture(data.thumb[index], `image ${data.id[index]}`, data.problems[index]),
       make(
         "div",
