@@ -43,8 +43,8 @@ EMBEDDED_BYTES = 4 << 20
 """Thumbnails up to this size together go into the page itself, more into files beside it."""
 MOST_ROWS = 20_000
 """Images in one page; a browser holds their texts in memory."""
-FLOWS = 40
-"""Pairs of classes that are drawn; the others are counted."""
+FLOWS, BOXES = 100, 24
+"""Pairs of classes that are drawn, and classes on either side; the other pairs are counted."""
 UNFIT = 12
 """Unfit synthetic images that are shown."""
 COLUMNS = ("id", "given", "decision", "label")
@@ -357,6 +357,8 @@ def _flows(review: Review) -> dict[str, Any]:
     rows = np.flatnonzero(review.action == "change")
     pairs = Counter(zip(review.given[rows].tolist(), review.proposed[rows].tolist(), strict=True))
     widest = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:FLOWS]
+    while any(len({pair[side] for pair, _ in widest}) > BOXES for side in (0, 1)):
+        widest.pop()
     unit = 340 / max(sum(count for _, count in widest), 1)  # pixels per image
     totals: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
     for pair, count in widest:
@@ -446,7 +448,8 @@ def _sweep(review: Review) -> dict[str, Any] | None:
     lines = []
     for name, text in names.items():
         points = [place(row, getattr(row, name)) for row in rows if math.isfinite(getattr(row, name))]
-        lines.append({"name": name, "text": text, "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points)})
+        if points:
+            lines.append({"name": name, "text": text, "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points)})
     threshold = review.threshold if review.threshold is not None and low <= review.threshold <= high else None
     return {
         "lines": lines,

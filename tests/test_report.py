@@ -187,7 +187,7 @@ def test_the_page_shows_numbers_charts_and_pictures(small: Path, visit: Callable
     numbers = tab.locator(".numbers").inner_text()
     assert "120" in numbers
     assert f"{len(changed(review))}" in numbers
-    assert "a name that is longer than a number" in tab.locator("body").inner_text()
+    assert tab.locator(".facts dt, .facts dd").all_text_contents() == ["encoder", "a name that is longer than a number"]
     assert tab.locator(".card").count() == len(changed(review))
     assert tab.locator(".card .near img").count() == 2 * len(changed(review))
     pairs = tab.locator(".pairs li").all_inner_texts()
