@@ -39,6 +39,7 @@ from synth_refine.files import file_hash, read_npy
 from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
+from synth_refine.report import decided
 from synth_refine.trees import apply_tree, revert_tree
 
 FINE, PROBLEM, BAD_INPUT = 0, 1, 3
@@ -58,10 +59,12 @@ REFINE = """examples:
       --given given.npy --threshold 0.6 --out refined
   synth-refine refine --refiner anchored --features features.npy --anchors synthetic.npy \\
       --anchor-labels synthetic_labels.npy --given given.npy --out refined"""
-APPLY = """example:
-  synth-refine apply refined --given given.npy --out labels.npy"""
-REVERT = """example:
-  synth-refine revert refined --labels labels.npy --out given-again.npy"""
+APPLY = """examples:
+  synth-refine apply refined --given given.npy --out labels.npy
+  synth-refine apply refined --given given.npy --out reviewed.npy --decisions decisions.csv"""
+REVERT = """examples:
+  synth-refine revert refined --labels labels.npy --out given-again.npy
+  synth-refine revert refined --labels reviewed.npy --out given-once-more.npy --decisions decisions.csv"""
 DIFF = """examples:
   synth-refine diff refined
   synth-refine diff given.npy labels.npy"""
@@ -166,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--truncate", action="store_true", help="drop the labels that the codebase does not read")
     send.add_argument("--clean-label", metavar="FILE", help="cifar-n: the labels its loader compares with the data set")
     send.add_argument("--entry", default="worse_label", help="cifar-n: the entry of the noise type (%(default)s)")
+
+    for reader in (apply, revert):
+        text = "what the review page exported: what was accepted or corrected is changed, all else stays as given"
+        reader.add_argument("--decisions", metavar="CSV", help=text)
 
     verify = command("verify", _verify, "check an artifact's hashes, and that labels are its refined ones", VERIFY)
     verify.add_argument("artifact", help="folder of an artifact")
@@ -275,11 +282,11 @@ def _refine(options: argparse.Namespace) -> int:
     features = read_npy("features", options.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
-    decided = _paper(options, features, given) if options.refiner == "paper" else _anchored(options, features, given)
+    method = _paper if options.refiner == "paper" else _anchored
     files = ["features", "given", *(name for name in needed if name != "threshold")]
     artifact = record(
         given.astype(_dtype(options.given)),
-        **decided,
+        **method(options, features, given),
         ids=ids,
         inputs={name: file_hash(getattr(options, name)) for name in files} | {"encoder": options.encoder},
     )
@@ -336,7 +343,7 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
 
 
 def _apply(options: argparse.Namespace) -> int:
-    artifact = read_artifact(options.artifact)
+    artifact = _reviewed(options)
     if options.images:
         return _tree(options, artifact, apply_tree)
     given, ids = read_labels_and_ids(options.given, key=options.key)
@@ -344,7 +351,7 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def _revert(options: argparse.Namespace) -> int:
-    artifact = read_artifact(options.artifact)
+    artifact = _reviewed(options)
     if options.images:
         return _tree(options, artifact, revert_tree)
     labels, ids = read_labels_and_ids(options.labels, key=options.key)
@@ -355,6 +362,12 @@ def _tree(options: argparse.Namespace, artifact: Artifact, write: Callable[..., 
     write(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
     _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
+
+
+def _reviewed(options: argparse.Namespace) -> Artifact:
+    """The artifact, or what the decisions of people left of it."""
+    artifact = read_artifact(options.artifact)
+    return artifact if options.decisions is None else decided(artifact, options.decisions)
 
 
 def _write(

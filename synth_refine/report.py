@@ -43,8 +43,8 @@ EMBEDDED_BYTES = 4 << 20
 """Thumbnails up to this size together go into the page itself, more into files beside it."""
 MOST_ROWS = 20_000
 """Images in one page; a browser holds their texts in memory."""
-FLOWS = 40
-"""Pairs of classes that are drawn; the others are counted."""
+FLOWS, BOXES = 100, 24
+"""Pairs of classes that are drawn, and classes on either side; the other pairs are counted."""
 UNFIT = 12
 """Unfit synthetic images that are shown."""
 COLUMNS = ("id", "given", "decision", "label")
@@ -93,8 +93,9 @@ class Review:
 def write_report(review: Review, folder: str | os.PathLike[str], title: str = "Review of proposed labels") -> Path:
     """Write the page; the same review gives the same bytes.
 
-    Many thumbnails are laid beside the page, in `thumbnails/`, under names that hold their hash, and the page comes
-    last: killed at any moment, the folder holds the old page or the new one, each with all its pictures.
+    Many thumbnails are laid beside the page, in `thumbnails/`, under names that are their hashes, and the page comes
+    last: killed at any moment, the folder holds the old page or the new one, each with all its pictures. Thumbnails do
+    not wait for the disk, which takes a minute for 5,000; one that a power cut costs is written again by the next call.
 
     Args:
         review: What to show.
@@ -148,13 +149,14 @@ def write_report(review: Review, folder: str | os.PathLike[str], title: str = "R
     return page
 
 
-def decided(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str]) -> Artifact:
+def decided(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Artifact:
     """The artifact that people left of a refinement: what they accepted or corrected is changed, and nothing else.
 
     Args:
         artifact: The artifact that the page showed.
         decisions: The file that the page exports: id, given, decision (accept, reject or correct), label.
-        classes: Class names, (C,), in the order of their labels.
+        classes: Class names, (C,), in the order of their labels; by default those that the artifact's settings hold, or
+            else the labels' numbers.
 
     Returns:
         An artifact of the same given labels. Accepted changes are in it as they were, corrected ones with the label
@@ -168,6 +170,9 @@ def decided(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequ
     table = read_csv("decisions", decisions)
     if missing := [name for name in COLUMNS if name not in table]:
         raise InputError(f"decisions: expected the columns {', '.join(COLUMNS)} in {decisions}, got no {missing[0]}")
+    if classes is None:
+        known = artifact.run.get("settings", {}).get("classes")
+        classes = list(map(str, known if isinstance(known, list) else range(artifact.num_classes)))
     if len(classes) != artifact.num_classes:
         raise InputError(f"classes: expected {artifact.num_classes} names, got {len(classes)}")
     check_unique("classes", classes)
@@ -274,8 +279,7 @@ class _Pictures:
         for name, data in zip(self._names, self.images, strict=True):
             path = self.folder / name
             if not path.is_file() or path.read_bytes() != data:
-                with write_atomic(path) as file:
-                    file.write(data)
+                path.write_bytes(data)
         return [f"{self.folder.name}/{name}" for name in self._names]
 
     def remove_others(self) -> None:
@@ -353,6 +357,8 @@ def _flows(review: Review) -> dict[str, Any]:
     rows = np.flatnonzero(review.action == "change")
     pairs = Counter(zip(review.given[rows].tolist(), review.proposed[rows].tolist(), strict=True))
     widest = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:FLOWS]
+    while any(len({pair[side] for pair, _ in widest}) > BOXES for side in (0, 1)):
+        widest.pop()
     unit = 340 / max(sum(count for _, count in widest), 1)  # pixels per image
     totals: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
     for pair, count in widest:
@@ -442,7 +448,8 @@ def _sweep(review: Review) -> dict[str, Any] | None:
     lines = []
     for name, text in names.items():
         points = [place(row, getattr(row, name)) for row in rows if math.isfinite(getattr(row, name))]
-        lines.append({"name": name, "text": text, "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points)})
+        if points:
+            lines.append({"name": name, "text": text, "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points)})
     threshold = review.threshold if review.threshold is not None and low <= review.threshold <= high else None
     return {
         "lines": lines,

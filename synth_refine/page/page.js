@@ -175,6 +175,8 @@
       ? [make("span", { class: "was" }, className(given)), " → ", make("span", { class: "now" }, className(proposed))]
       : [make("span", { class: "was kept" }, className(given))];
     const sure = data.confidence[index];
+    const gauge = make("span", { class: "gauge", "aria-hidden": "true" }, make("span"));
+    gauge.firstChild.style.width = `${100 * Math.min(Math.max(sure ?? 0, 0), 1)}%`;
     const near = data.near[index].map((one) => {
       const name = data.classes[data.synthetic_class[one]];
       const image = data.synthetic[one] < 0 ? "–" : make("img", { src: data.thumbs[data.synthetic[one]], alt: "", loading: "lazy" });
@@ -183,8 +185,8 @@
     const button = (action, text, key) =>
       make("button", { type: "button", class: action, "data-action": action, "aria-keyshortcuts": key, tabindex: "-1" }, text);
     return make(
-      "li",
-      { class: "card", tabindex: "-1", "data-index": index, role: "group" },
+      "article",
+      { class: "card", tabindex: "-1", "data-index": index },
       picture(data.thumb[index], `image ${data.id[index]}`, data.problems[index]),
       make(
         "div",
@@ -193,7 +195,7 @@
         make(
           "div",
           { class: "sure" },
-          make("meter", { min: 0, max: 1, value: sure ?? 0, "aria-hidden": "true" }),
+          gauge,
           sure === null ? "confidence unknown" : `confidence ${sure.toFixed(2)}`,
         ),
         make("p", { class: "why" }, data.reasons[data.reason[index]]),
@@ -202,6 +204,7 @@
       make(
         "div",
         { class: "foot" },
+        ...(near.length ? [make("p", { class: "caption", "aria-hidden": "true" }, "nearest synthetic images")] : []),
         make("ul", { class: "near", "aria-label": "nearest synthetic images" }, ...near),
         make(
           "div",
@@ -254,7 +257,7 @@
     $("progress").max = Math.max(count, 1);
     $("progress").value = chosen.size;
     const open = found.filter((index) => !chosen.has(index)).length;
-    $("accept-all").textContent = `Accept all ${number(open)} open ones shown by the filters`;
+    $("accept-all").textContent = `Accept all ${number(open)} shown`;
     $("accept-all").disabled = open === 0;
     $("undo").disabled = steps.length === 0;
     $("export").disabled = chosen.size === 0;
@@ -458,6 +461,11 @@
       // it holds for this visit
     }
   });
+
+  const narrow = window.matchMedia("(max-width: 600px)");
+  const fold = () => ($("filters").open = !narrow.matches);
+  narrow.addEventListener("change", fold);
+  fold();
 
   load();
   filter();
