@@ -158,9 +158,11 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     images = open_images(settings.images, list(classes) if classes else None)
     encoder = encoder_by_name(settings.encoder, settings.weights, device=settings.device)
     if dry_run:
-        return {"images": len(images.ids), "classes": list(images.classes), **asdict(settings), "written": False}
+        return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    for path in out.rglob(".*.tmp"):
+        path.unlink()  # what a killed run was writing
     write(out / "config.yaml", _config(settings))
     hashes = content_hashes(images)
     table = {"id": images.ids, "label": [images.classes[label] for label in images.labels], "sha256": hashes}

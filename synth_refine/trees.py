@@ -119,6 +119,7 @@ def _write(
     found = open_images(old, _classes(artifact))
     back = dict(zip(before, _ids(artifact), strict=True))
     names = [back.get(one, one) for one in found.ids]
+    artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
     _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
     if dry_run:
         return new
