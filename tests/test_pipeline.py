@@ -115,7 +115,7 @@ class Pixels:
 
 
 @pytest.mark.slow
-def test_killed_at_any_write_and_started_again_gives_the_same_bytes(
+def test_killed_at_every_third_write_and_started_again_gives_the_same_bytes(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
@@ -127,7 +127,7 @@ def test_killed_at_any_write_and_started_again_gives_the_same_bytes(
     expected = content(source / "out")
     assert {name.split("/")[0] for name in expected} >= {"config.yaml", "refined", "report", "synthetic", "features"}
     replace, deaths = os.replace, 0
-    for point in range(200):
+    for point in range(0, 200, 3):
         shutil.rmtree(source / "out")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the child only computes and writes files
@@ -155,7 +155,7 @@ def test_killed_at_any_write_and_started_again_gives_the_same_bytes(
         if not os.WIFSIGNALED(status):
             break
         deaths += 1
-    assert deaths > 30
+    assert deaths > 10
     assert not [name for name in expected if name.endswith(".tmp")]
 
 
