@@ -248,6 +248,9 @@ def test_decide_with_the_keyboard_alone(small: Path, visit: Callable[..., Any], 
     tab = visit(small)
     order = names(tab)
     press = tab.keyboard.press
+    press("ArrowDown")
+    press("a")
+    assert "0 of" in tally(tab)  # outside the images keys belong to the browser
     press("ArrowRight")
     assert tab.evaluate("document.activeElement.className") == "card"
     press("a")
