@@ -427,7 +427,7 @@ def cross_fit(
         anchors_out, anchors_in = anchor_order[fold::FOLDS], anchor_order
         if fold_anchors and anchor_order.shape[0] >= FOLDS:
             anchors_in = _other_folds(anchor_order, fold)
-        head = _fit_head(real[others], targets[others], reference[anchors_in], answers[anchors_in], generator, epochs)
+        head = fit_head(real[others], targets[others], reference[anchors_in], answers[anchors_in], generator, epochs)
         with torch.no_grad():
             anchor_opinion[anchors_out] = head(reference[anchors_out]).softmax(dim=1)
             for start in range(0, held_out.shape[0], CHUNK_ROWS):
@@ -440,7 +440,7 @@ def _other_folds(order: Tensor, fold: int) -> Tensor:
     return torch.cat([order[other::FOLDS] for other in range(FOLDS) if other != fold])
 
 
-def _fit_head(
+def fit_head(
     real: Tensor, targets: Tensor, reference: Tensor, answers: Tensor, generator: torch.Generator, epochs: int
 ) -> nn.Module:
     """A head with one hidden layer, AdamW on a one-cycle schedule."""
