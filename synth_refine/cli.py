@@ -76,6 +76,8 @@ VERIFY = """examples:
 RUN = """examples:
   synth-refine run photos --classes classes.yaml --synthetic drawn --out result
   synth-refine run photos --classes classes.yaml --out result --encoder timm:resnet50.a1_in1k --dry-run"""
+REPORT = """example:
+  synth-refine report result"""
 GENERATE = """examples:
   synth-refine generate --classes classes.yaml --out drawn --model glyphs --per-class 20
   synth-refine generate --classes classes.yaml --out drawn --templates "A photo of {category}." "{category}, sketched"
@@ -179,13 +181,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--labels", metavar="FILE", help="labels that should be the refined ones")
     verify.add_argument("--key", help="the entry, for a .pt file")
 
+    page = command("report", _report, "make the page of a run again, from its config and features", REPORT)
+    page.add_argument("folder", help="what `run` wrote")
     run = command("run", _run, "refine a folder of images per class and write a page to review", RUN)
     run.add_argument("--synthetic", metavar="SOURCE", help="synthetic images, like IMAGES; generated where not given")
     run.add_argument("--refiner", choices=sorted(REFINERS), help="(anchored)")
     run.add_argument("--threshold", type=_auto, metavar="auto|X", help="smallest score that changes a label (auto)")
     run.add_argument("--seed", type=int, help="same seed, same result (0)")
     run.add_argument("--config", metavar="YAML", help="settings, as in the config.yaml of a result; options come first")
-    run.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    for one in (run, page):
+        one.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     embed = command("embed", _embed, "write the features of images for the command refine", EMBED)
     draw = command("generate", _generate, "draw synthetic images for classes, with a manifest", GENERATE)
     draw.add_argument("--classes", required=True, metavar="YAML", help="class names, or names with what prompts say")
@@ -249,7 +254,15 @@ def _settings(options: argparse.Namespace) -> pipeline.Settings:
 
 
 def _run(options: argparse.Namespace) -> int:
-    done = pipeline.run(_settings(options), dry_run=options.dry_run)
+    return _tell(options, pipeline.run(_settings(options), dry_run=options.dry_run))
+
+
+def _report(options: argparse.Namespace) -> int:
+    entries = pipeline.read_config(str(Path(options.folder) / "config.yaml"))
+    return _tell(options, pipeline.run(pipeline.Settings(**{**entries, "out": options.folder})))
+
+
+def _tell(options: argparse.Namespace, done: pipeline.Summary | dict[str, Any]) -> int:
     result = done if isinstance(done, dict) else asdict(done)
     if options.json:
         _show(result)

@@ -88,6 +88,12 @@ def test_from_the_folder_to_the_page_and_back(source: Path, capsys: pytest.Captu
     assert all(one in page for one in changes["id"])
     assert content(source / "photos") == before
 
+    written = content(source / "result")
+    shutil.rmtree(source / "result" / "report")
+    assert cli.main(["report", "result", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == summary
+    assert content(source / "result") == written
+
     changed = [row for row, action in enumerate(changes["action"]) if action == "change"]
     table: dict[str, list[object]] = {
         "id": [changes["id"][row] for row in changed],

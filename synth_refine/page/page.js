@@ -421,7 +421,8 @@
     const inside = $("gallery").contains(event.target);
     const moves = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1, ArrowDown: perRow(), ArrowUp: -perRow() };
     if (key === "?") $("help").showModal();
-    else if (key in moves && found.length) focus(inside ? current + moves[key] : current);
+    else if (inside && key in moves) focus(current + moves[key]);
+    else if (!inside && (key === "ArrowRight" || key === "j") && found.length) focus(current); // up and down scroll
     else if (!inside) return;
     else if (key in DECIDE) {
       act(found[current], DECIDE[key]);
