@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: python benchmarks/speed.py refine | lra.
+"""Speed as ratios within one run: python benchmarks/speed.py refine | lra | embed.
 
 Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
 in the same process, and the median of the rounds counts.
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.records import digest, environment, write_record
+from benchmarks.speed_embed import embed
 from benchmarks.speed_lra import lra
 from synth_refine import refine_labels
 
@@ -125,7 +126,7 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {"refine": refine, "lra": lambda: [lra()]}
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {"refine": refine, "lra": lambda: [lra()], "embed": embed}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

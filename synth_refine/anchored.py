@@ -466,7 +466,7 @@ def cross_fit(
         anchors_out, anchors_in = anchor_order[fold::FOLDS], anchor_order
         if fold_anchors and anchor_order.shape[0] >= FOLDS:
             anchors_in = _other_folds(anchor_order, fold)
-        head = _fit_head(
+        head = fit_head(
             real[others], targets[others], reference[anchors_in], answers[anchors_in], generator, epochs, hidden
         )
         with torch.no_grad():
@@ -481,14 +481,14 @@ def _other_folds(order: Tensor, fold: int) -> Tensor:
     return torch.cat([order[other::FOLDS] for other in range(FOLDS) if other != fold])
 
 
-def _fit_head(
+def fit_head(
     real: Tensor,
     targets: Tensor,
     reference: Tensor,
     answers: Tensor,
     generator: torch.Generator,
     epochs: int,
-    hidden: int,
+    hidden: int = HIDDEN,
 ) -> nn.Module:
     """A head with one hidden layer, or a linear one, AdamW on a one-cycle schedule."""
     count, device = real.shape[0], real.device

@@ -13,12 +13,14 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from synth_refine import pipeline
 from synth_refine._check import InputError, check_array
 from synth_refine.anchored import anchored_posterior
 from synth_refine.artifact import (
@@ -34,23 +36,35 @@ from synth_refine.artifact import (
 from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
 from synth_refine.export import FORMATS, export
 from synth_refine.files import file_hash, read_npy
+from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
+from synth_refine.report import decided
+from synth_refine.trees import apply_tree, revert_tree
 
 FINE, PROBLEM, BAD_INPUT = 0, 1, 3
 
 REFINERS = {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")}
 """What each refiner needs besides features and given labels."""
 
+IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
+
+TREE = (
+    "a folder per class, or a .csv of paths and labels, in place of a label file: its images are copied into a new "
+    "folder per class and the old one is left as it is, or a new .csv is written beside the old one"
+)
+
 REFINE = """examples:
   synth-refine refine --features features.npy --logits logits.npy --prototypes prototypes.npy \\
       --given given.npy --threshold 0.6 --out refined
   synth-refine refine --refiner anchored --features features.npy --anchors synthetic.npy \\
       --anchor-labels synthetic_labels.npy --given given.npy --out refined"""
-APPLY = """example:
-  synth-refine apply refined --given given.npy --out labels.npy"""
-REVERT = """example:
-  synth-refine revert refined --labels labels.npy --out given-again.npy"""
+APPLY = """examples:
+  synth-refine apply refined --given given.npy --out labels.npy
+  synth-refine apply refined --given given.npy --out reviewed.npy --decisions decisions.csv"""
+REVERT = """examples:
+  synth-refine revert refined --labels labels.npy --out given-again.npy
+  synth-refine revert refined --labels reviewed.npy --out given-once-more.npy --decisions decisions.csv"""
 DIFF = """examples:
   synth-refine diff refined
   synth-refine diff given.npy labels.npy"""
@@ -59,6 +73,17 @@ EXPORT = """example:
 VERIFY = """examples:
   synth-refine verify refined
   synth-refine verify refined --labels labels.npy"""
+RUN = """examples:
+  synth-refine run photos --classes classes.yaml --synthetic drawn --out result
+  synth-refine run photos --classes classes.yaml --out result --encoder timm:resnet50.a1_in1k --dry-run"""
+REPORT = """example:
+  synth-refine report result"""
+GENERATE = """examples:
+  synth-refine generate --classes classes.yaml --out drawn --model glyphs --per-class 20
+  synth-refine generate --classes classes.yaml --out drawn --templates "A photo of {category}." "{category}, sketched"
+  accelerate launch -m synth_refine.cli generate --classes classes.yaml --out drawn"""
+EMBED = """example:
+  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14/openai"""
 ENV = """example:
   synth-refine env"""
 
@@ -78,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ImportError) as error:
         _say(f"synth-refine: {error}")
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -124,13 +149,15 @@ def _parser() -> argparse.ArgumentParser:
 
     apply = command("apply", _apply, "turn given labels into the refined ones", APPLY)
     apply.add_argument("artifact", help="folder of an artifact")
-    _labels_option(apply, "--given", "the labels that were refined")
-    apply.add_argument("--out", required=True, metavar="FILE", help="label file to write, .npy or .csv")
+    _labels_option(apply, "--given", "the labels that were refined", TREE)
+    apply.add_argument("--out", required=True, metavar="FILE", help="label file, or with --images new folder, to write")
 
     revert = command("revert", _revert, "turn refined labels back into the given ones, bit for bit", REVERT)
     revert.add_argument("artifact", help="folder of an artifact")
-    _labels_option(revert, "--labels", "the refined labels")
-    revert.add_argument("--out", required=True, metavar="FILE", help="label file to write, .npy or .csv")
+    _labels_option(revert, "--labels", "the refined labels", TREE)
+    revert.add_argument(
+        "--out", required=True, metavar="FILE", help="label file, or with --images new folder, to write"
+    )
 
     diff = command("diff", _diff, "list what an artifact changes, or where two sets of labels differ", DIFF)
     diff.add_argument("first", help="folder of an artifact, or a label file")
@@ -145,19 +172,62 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--clean-label", metavar="FILE", help="cifar-n: the labels its loader compares with the data set")
     send.add_argument("--entry", default="worse_label", help="cifar-n: the entry of the noise type (%(default)s)")
 
+    for reader in (apply, revert):
+        text = "what the review page exported: what was accepted or corrected is changed, all else stays as given"
+        reader.add_argument("--decisions", metavar="CSV", help=text)
+
     verify = command("verify", _verify, "check an artifact's hashes, and that labels are its refined ones", VERIFY)
     verify.add_argument("artifact", help="folder of an artifact")
     verify.add_argument("--labels", metavar="FILE", help="labels that should be the refined ones")
     verify.add_argument("--key", help="the entry, for a .pt file")
 
+    page = command("report", _report, "make the page of a run again, from its config and features", REPORT)
+    page.add_argument("folder", help="what `run` wrote")
+    run = command("run", _run, "refine a folder of images per class and write a page to review", RUN)
+    run.add_argument("--synthetic", metavar="SOURCE", help="synthetic images, like IMAGES; generated where not given")
+    run.add_argument("--refiner", choices=sorted(REFINERS), help="(anchored)")
+    run.add_argument("--threshold", type=_auto, metavar="auto|X", help="smallest score that changes a label (auto)")
+    run.add_argument("--seed", type=int, help="same seed, same result (0)")
+    run.add_argument("--config", metavar="YAML", help="settings, as in the config.yaml of a result; options come first")
+    for one in (run, page):
+        one.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    embed = command("embed", _embed, "write the features of images for the command refine", EMBED)
+    draw = command("generate", _generate, "draw synthetic images for classes, with a manifest", GENERATE)
+    draw.add_argument("--classes", required=True, metavar="YAML", help="class names, or names with what prompts say")
+    draw.add_argument("--out", required=True, metavar="FOLDER", help="one folder of images per class")
+    draw.add_argument("--seed", type=int, help="same seed, same images (0)")
+    draw.add_argument("--device", help="cpu, cuda (the GPU if there is one)")
+    draw.add_argument("--config", metavar="YAML", help="settings; options come first")
+    for drawer in (draw, run):
+        drawer.add_argument("--model", help="diffusers model by name or folder, or glyphs (stabilityai/sdxl-turbo)")
+        drawer.add_argument("--revision", help="of the model on the hub")
+        drawer.add_argument("--templates", nargs="+", metavar="TEXT", help="prompts (A photo of {category}.)")
+        drawer.add_argument("--per-class", type=int, help="synthetic images per class (100)")
+        drawer.add_argument("--steps", type=int, help="of the model (1)")
+        drawer.add_argument("--guidance", type=float, help="of the model (0)")
+        drawer.add_argument("--size", type=int, help="pixels of the synthetic images (512, glyphs 32)")
+        drawer.add_argument("--batch-size", type=int, help="images drawn at once (8)")
+    for reader in (run, embed):
+        reader.add_argument("images", nargs="?", metavar="IMAGES", help=IMAGES)
+        reader.add_argument("--classes", metavar="YAML", help="class names, or folder names with what prompts say")
+        reader.add_argument("--encoder", metavar="NAME", help="open_clip:MODEL/TAG, timm:MODEL or an open_clip folder")
+        reader.add_argument("--weights", metavar="FILE", help="local weights of the encoder")
+        reader.add_argument("--device", help="cpu, cuda (the GPU if there is one)")
+        reader.add_argument("--workers", type=int, help="processes that decode images (2)")
+        reader.add_argument("--out", metavar="FOLDER", help="all results")
+
     command("env", _env, "show the versions that numbers depend on, as JSON", ENV)
-    for writer in (refine, apply, revert, send):
+    for writer in (refine, apply, revert, send, run):
         writer.add_argument("--dry-run", action="store_true", help="check and report everything, write nothing")
     return parser
 
 
-def _labels_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    parser.add_argument(name, required=True, metavar="FILE", help=f"{text}; .npy, .csv with id, or CIFAR-N's .pt")
+def _labels_option(parser: argparse.ArgumentParser, name: str, text: str, images: str = "") -> None:
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument(name, metavar="FILE", help=f"{text}; .npy, .csv with id, or CIFAR-N's .pt")
+    if images:
+        group.add_argument("--images", metavar="SOURCE", help=images)
+        parser.add_argument("--link", action="store_true", help="with --images: hard links instead of copies")
     parser.add_argument("--key", help="the entry, for a .pt file")
 
 
@@ -166,6 +236,52 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError
     return number
+
+
+def _auto(text: str) -> float | str:
+    return text if text == "auto" else _finite(text)
+
+
+def _settings(options: argparse.Namespace) -> pipeline.Settings:
+    """What the options say, over what the config says."""
+    entries = pipeline.read_config(options.config) if getattr(options, "config", None) else {}
+    names = [one.name for one in fields(pipeline.Settings)]
+    entries |= {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    for name, shown in (("images", "IMAGES"), ("out", "--out FOLDER")):
+        if name not in entries:
+            options.usage(f"the following arguments are required: {shown}")
+    return pipeline.Settings(**entries)
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _tell(options, pipeline.run(_settings(options), dry_run=options.dry_run))
+
+
+def _report(options: argparse.Namespace) -> int:
+    entries = pipeline.read_config(str(Path(options.folder) / "config.yaml"))
+    return _tell(options, pipeline.run(pipeline.Settings(**{**entries, "out": options.folder})))
+
+
+def _tell(options: argparse.Namespace, done: pipeline.Summary | dict[str, Any]) -> int:
+    result = done if isinstance(done, dict) else asdict(done)
+    if options.json:
+        _show(result)
+    else:
+        notes = result.pop("notes", {})
+        print("\n".join(f"{name}: {value}" for name, value in {**result, **notes}.items()))
+    return FINE
+
+
+def _generate(options: argparse.Namespace) -> int:
+    options.images = ""
+    manifest = pipeline.generate(_settings(options), read_classes(options.classes))
+    _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
+    return FINE
+
+
+def _embed(options: argparse.Namespace) -> int:
+    _show(pipeline.embed(_settings(options)))
+    return FINE
 
 
 def _refine(options: argparse.Namespace) -> int:
@@ -179,11 +295,11 @@ def _refine(options: argparse.Namespace) -> int:
     features = read_npy("features", options.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
-    decided = _paper(options, features, given) if options.refiner == "paper" else _anchored(options, features, given)
+    method = _paper if options.refiner == "paper" else _anchored
     files = ["features", "given", *(name for name in needed if name != "threshold")]
     artifact = record(
         given.astype(_dtype(options.given)),
-        **decided,
+        **method(options, features, given),
         ids=ids,
         inputs={name: file_hash(getattr(options, name)) for name in files} | {"encoder": options.encoder},
     )
@@ -240,15 +356,31 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
 
 
 def _apply(options: argparse.Namespace) -> int:
-    artifact = read_artifact(options.artifact)
+    artifact = _reviewed(options)
+    if options.images:
+        return _tree(options, artifact, apply_tree)
     given, ids = read_labels_and_ids(options.given, key=options.key)
     return _write(options, artifact, artifact.apply(given, ids), ids)
 
 
 def _revert(options: argparse.Namespace) -> int:
-    artifact = read_artifact(options.artifact)
+    artifact = _reviewed(options)
+    if options.images:
+        return _tree(options, artifact, revert_tree)
     labels, ids = read_labels_and_ids(options.labels, key=options.key)
     return _write(options, artifact, artifact.revert(labels, ids), ids)
+
+
+def _tree(options: argparse.Namespace, artifact: Artifact, write: Callable[..., Path]) -> int:
+    write(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
+    _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
+    return FINE
+
+
+def _reviewed(options: argparse.Namespace) -> Artifact:
+    """The artifact, or what the decisions of people left of it."""
+    artifact = read_artifact(options.artifact)
+    return artifact if options.decisions is None else decided(artifact, options.decisions)
 
 
 def _write(

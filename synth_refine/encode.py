@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,7 +141,8 @@ class TorchEncoder:
         state = [*self.module.parameters(), *self.module.buffers()]
         device = state[0].device if state else images.device
         parts = []
-        for batch in tqdm(torch.split(images, self.batch_size), self.name, disable=None, leave=False):
+        single = len(images) <= self.batch_size  # whoever embeds batch by batch has a bar already
+        for batch in tqdm(torch.split(images, self.batch_size), self.name, disable=single or None, leave=False):
             pixels = batch.to(device)
             features = self._forward(pixels if self.preprocess is None else self.preprocess(pixels)).float()
             if features.ndim != 2 or not bool(features.isfinite().all()):
@@ -299,6 +301,35 @@ def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch
     return TorchEncoder(model, network.to(device), preprocess)
 
 
+GLYPH_CLIP = Path(__file__).resolve().parent.parent / "benchmarks" / "glyph_clip"
+
+
+def encoder_by_name(name: str, weights: Path | str | None = None, *, device: torch.device | str = "cpu") -> Encoder:
+    """An encoder from one text, as command lines and configs have it.
+
+    Args:
+        name: "open_clip:MODEL" or "open_clip:MODEL/TAG", such as "open_clip:ViT-L-14/openai"; "timm:MODEL"; a local
+            folder with open_clip_config.json and weights; or "glyph-clip", the benchmarks' own, in a checkout.
+        weights: A local file of weights for the model.
+        device: Where it computes.
+
+    Raises:
+        InputError: No such encoder, or its weights are neither there nor to be fetched.
+    """
+    kind, _, model = name.partition(":")
+    if kind == "timm" and model:
+        return timm_encoder(model, weights, device=device)
+    if kind == "open_clip" and model:
+        model, _, tag = (model, "", "") if model.startswith("hf-hub:") else model.partition("/")
+        return open_clip_encoder(model, weights if weights is not None else tag or None, device=device)
+    folder = GLYPH_CLIP if name == "glyph-clip" else Path(name)
+    if not (folder / "open_clip_config.json").is_file():
+        raise InputError(
+            f"encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder with open_clip_config.json, got {name!r}"
+        )
+    return open_clip_encoder(str(folder), weights, device=device)
+
+
 # ---- weights ----
 
 
@@ -427,23 +458,47 @@ def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, shard_
     if shard_rows < 1:
         raise InputError(f"shard_rows: expected 1 or more, got {shard_rows}")
     about = {"encoder": encoder.id, "images": images_hash(images), "shard_rows": shard_rows}
+    parts = torch.split(images, shard_rows)
+
+    def compute(missing: list[int]) -> Iterator[Tensor]:
+        for number in tqdm(missing, "embedding", disable=None, leave=False):
+            yield encoder.embed(parts[number]).cpu()
+
+    return kept_shards(folder, about, [len(part) for part in parts], compute).to(images.device)
+
+
+def kept_shards(
+    folder: Path | str | os.PathLike[str],
+    about: dict[str, Any],
+    counts: Sequence[int],
+    compute: Callable[[list[int]], Iterator[Tensor]],
+) -> Tensor:
+    """Features from the shards on disk; what is missing there or damaged is computed and kept.
+
+    Args:
+        folder: Where the features of all encoders and images are kept; made if it is missing.
+        about: All that the features depend on, as JSON takes it; it names their folder.
+        counts: Rows of each shard.
+        compute: Gives the features of the shards of these numbers, one after the other.
+
+    Returns:
+        The features of all shards, (N, D) float32, on the CPU.
+    """
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     place = Path(folder) / f"features-{key}"
     place.mkdir(parents=True, exist_ok=True)
     listed = _listed(place / "manifest.json", about)
-    parts = []
-    for number, rows in enumerate(tqdm(torch.split(images, shard_rows), "embedding", disable=None, leave=False)):
-        shard = place / f"shard-{number:05d}.npy"
-        features = _shard(shard, listed.get(shard.name), len(rows))
-        if features is None:
-            features = encoder.embed(rows).cpu()
-            with write_atomic(shard) as file:
-                np.save(file, features.numpy(), allow_pickle=False)
-            listed[shard.name] = file_hash(shard)
-            with write_atomic(place / "manifest.json") as file:
-                file.write(json.dumps({**about, "shards": listed}, indent=1).encode())
-        parts.append(features)
-    return torch.cat(parts).to(images.device)
+    names = [f"shard-{number:05d}.npy" for number in range(len(counts))]
+    found = [_shard(place / name, listed.get(name), rows) for name, rows in zip(names, counts, strict=True)]
+    missing = [number for number, features in enumerate(found) if features is None]
+    for number, features in zip(missing, compute(missing), strict=True):
+        with write_atomic(place / names[number]) as file:
+            np.save(file, features.numpy(), allow_pickle=False)
+        listed[names[number]] = file_hash(place / names[number])
+        with write_atomic(place / "manifest.json") as file:
+            file.write(json.dumps({**about, "shards": dict(sorted(listed.items()))}, indent=1).encode())
+        found[number] = features
+    return torch.cat([features for features in found if features is not None])
 
 
 def _listed(manifest: Path, about: dict[str, Any]) -> dict[str, str]:

@@ -46,6 +46,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refined(folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     assert cli.main(example("refine")[0]) == 0
     assert cli.main(example("apply")[0]) == 0
+    (folder / "decisions.csv").write_text(
+        '"id","given","decision","label"\n"0","1","accept","0"\n"1","2","reject","2"\n'
+    )
+    np.save(folder / "reviewed.npy", np.where(np.arange(COUNT) == 0, 0, np.load("given.npy", allow_pickle=False)))
     capsys.readouterr()
     return folder
 

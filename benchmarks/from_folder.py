@@ -1,0 +1,152 @@
+"""From a folder of images with wrong labels to a cleaner one, by the commands alone: python benchmarks/from_folder.py.
+
+The data set `digits` needs nothing; `cifar10` needs --data, the .npz file that `benchmarks/data.py` describes, and
+--given, its label file. Folders and results go below --out. Every proposed change is accepted, then taken back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import data
+from benchmarks.records import digest, environment, write_record
+from synth_refine import cli
+from synth_refine.labels import csv_bytes, read_csv
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ROWS = 2_000  # of CIFAR-10
+SYNTHETIC_PER_CLASS = 100
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the folders, run the commands, measure, and write a record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset", choices=["digits", "cifar10"], nargs="?", default="digits")
+    parser.add_argument("--data", type=Path, help="cifar10: the .npz file of images")
+    parser.add_argument("--given", type=Path, help="cifar10: the label file")
+    parser.add_argument("--encoder", default="glyph-clip", help="see `synth-refine run --help` (%(default)s)")
+    parser.add_argument("--weights", help="local weights of the encoder")
+    parser.add_argument("--refiner", default="anchored", choices=["anchored", "paper"])
+    parser.add_argument("--threshold", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/from_folder"), help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    root: Path = options.out / options.dataset
+    if root.exists():
+        shutil.rmtree(root)
+    root.mkdir(parents=True)
+    truth, command = _digits(root) if options.dataset == "digits" else _cifar10(root, options.data, options.given)
+    command += ["--encoder", options.encoder, "--refiner", options.refiner, "--threshold", options.threshold]
+    command += ["--weights", options.weights] if options.weights else []
+    _call("run", f"{root}/images", "--classes", f"{root}/classes.yaml", "--out", f"{root}/result", *command)
+    accepted = _accept(root)
+    artifact, decisions = f"{root}/result/refined", ["--decisions", str(accepted)]
+    _call("apply", artifact, "--images", f"{root}/images", "--out", f"{root}/cleaner", *decisions)
+    _call("revert", artifact, "--images", f"{root}/cleaner", "--out", f"{root}/again", *decisions)
+    summary = json.loads((root / "result" / "summary.json").read_bytes())
+    row = {
+        "dataset": options.dataset,
+        "encoder": options.encoder,
+        "refiner": options.refiner,
+        "threshold": options.threshold,
+        "images": summary["count"],
+        "changed": summary["changed"],
+        "undecided": summary["abstained"],
+        "wrong_before": _wrong(root / "images", truth),
+        "wrong_after": _wrong(root / "cleaner", truth),
+        "reverted": _same(root / "images", root / "again"),
+    }
+    record = {"benchmark": "from_folder", "environment": environment(), "rows": [row], "notes": summary["notes"]}
+    write_record(options.out / f"from_folder_{digest(record)}.json", record)
+    print(json.dumps(row, indent=1))
+    return 0
+
+
+def _call(*command: str) -> None:
+    print("synth-refine", *command)
+    if cli.main(command):
+        raise SystemExit(1)
+
+
+def _digits(root: Path) -> tuple[dict[str, str], list[str]]:
+    """1,200 handwritten digits with 35 % PMD labels; glyphs are drawn by the command."""
+    benchmark = data.digits("pmd-1-0.35")
+    train, truth = benchmark.task.train, benchmark.true_labels
+    assert truth is not None  # the digits' are known
+    return _folder(root, train.inputs, train.labels.numpy(), truth.numpy(), benchmark.class_names), [
+        "--model",
+        "glyphs",
+    ]
+
+
+def _cifar10(root: Path, arrays: Path, given: Path) -> tuple[dict[str, str], list[str]]:
+    """2,000 photographs of CIFAR-10 with the labels of a file, and 100 synthetic images per class."""
+    benchmark = data.npz(arrays, given)
+    task, truth = benchmark.task, benchmark.true_labels
+    assert truth is not None  # with a label file, those of the arrays are true
+    names = _folder(root, task.train.inputs[:ROWS], task.train.labels[:ROWS].numpy(), truth[:ROWS].numpy(), CIFAR10)
+    labels = task.synthetic.labels.numpy()
+    picked = np.concatenate([np.flatnonzero(labels == label)[:SYNTHETIC_PER_CLASS] for label in range(len(CIFAR10))])
+    _save(root / "synthetic", task.synthetic.inputs[picked], labels[picked], CIFAR10)
+    return names, ["--synthetic", f"{root}/synthetic"]
+
+
+def _folder(
+    root: Path, images: Tensor, given: NDArray[Any], truth: NDArray[Any], names: Sequence[str]
+) -> dict[str, str]:
+    """Write images into the folders of their given classes; the true class of every file name."""
+    _save(root / "images", images, given, names)
+    (root / "classes.yaml").write_text(yaml.safe_dump(list(names)))
+    return {f"{row:05d}": names[label] for row, label in enumerate(truth)}
+
+
+def _save(folder: Path, images: Tensor, labels: NDArray[Any], names: Sequence[str]) -> None:
+    for row, (image, label) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), labels, strict=True)):
+        (folder / names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / names[label] / f"{row:05d}.png")
+
+
+def _accept(root: Path) -> Path:
+    """The file that the page exports when every proposed change is accepted."""
+    changes = read_csv("changes", root / "result" / "refined" / "changes.csv")
+    classes = yaml.safe_load((root / "classes.yaml").read_text())
+    rows = [row for row, action in enumerate(changes["action"]) if action == "change"]
+    table = {
+        "id": [changes["id"][row] for row in rows],
+        "given": [classes[int(changes["old"][row])] for row in rows],
+        "decision": ["accept"] * len(rows),
+        "label": [classes[int(changes["new"][row])] for row in rows],
+    }
+    (root / "decisions.csv").write_bytes(csv_bytes(table))
+    return root / "decisions.csv"
+
+
+def _wrong(folder: Path, truth: dict[str, str]) -> float:
+    """The share of a folder's images that are not of their class."""
+    wrong = [path.parent.name != truth[path.stem.split("~")[0]] for path in folder.rglob("*.png")]
+    return sum(wrong) / len(wrong)
+
+
+def _same(left: Path, right: Path) -> bool:
+    """Whether two folders hold the same names and bytes."""
+    names = [sorted(path.relative_to(one) for path in one.rglob("*.png")) for one in (left, right)]
+    return names[0] == names[1] and all(filecmp.cmp(left / one, right / one, shallow=False) for one in names[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

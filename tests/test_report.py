@@ -1,0 +1,691 @@
+"""The review page in a real browser, what it exports, and what the exported decisions do to label files."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from synth_refine import cli
+from synth_refine._check import InputError
+from synth_refine.artifact import Artifact, WrongBase, WrongIds, read_artifact, record, write_artifact
+from synth_refine.decide import SweepRow
+from synth_refine.labels import csv_bytes, read_labels_and_ids, write_labels
+from synth_refine.prototypes import prototype_quality
+from synth_refine.report import SIDE, Review, decided, write_report
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
+HOSTILE = (
+    "</script><script>window.pwned = 1; alert(1)</script>",
+    '"><img src=x onerror="window.pwned = 2"> <!--',
+    "=cmd|' /C calc'!A0",
+    "{{ 7 * 7 }} ' &amp; \u2028 \u202e<b>cat</b>",
+)
+
+
+def picture(seed: int, side: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def review_of(count: int = 120, classes: tuple[str, ...] = ("cat", "dog", "frog"), *, prefix: str = "") -> Review:
+    """Every third row is changed, every tenth of the others undecided; confidences differ."""
+    random = np.random.default_rng(0)
+    rows = np.arange(count)
+    given = rows % len(classes)
+    change = rows % 3 == 0
+    proposed = np.where(change, (given + 1 + rows // 3 % (len(classes) - 1)) % len(classes), given)
+    action = np.where(change, "change", np.where(rows % 10 == 1, "abstain", "keep"))
+    labels = np.arange(10 * len(classes)) // 10
+    features = np.eye(len(classes), 8)[labels] + 0.1 * random.standard_normal((len(labels), 8))
+    features[0] = features[-1] + 0.01
+    return Review(
+        classes=classes,
+        ids=[f"{prefix}{classes[label]}/{row}.png" for row, label in enumerate(given)],
+        given=given,
+        proposed=proposed,
+        action=action,
+        confidence=np.round(random.permutation(count) / count, 4),
+        reason=np.where(change, "more probable", np.where(action == "keep", "", "too close")),
+        nearest=np.stack([proposed * 10 + 1, proposed * 10 + 2, np.full(count, -1)], axis=1),
+        image=picture,
+        synthetic_image=lambda row: picture(1000 + row),
+        synthetic_labels=labels,
+        threshold=0.6,
+        sweep=[SweepRow(step / 10, 0.5 - step / 20, 0.1 + step / 50, float("nan"), 0) for step in range(10)],
+        quality=prototype_quality(features, labels),
+        notes={"seed": "0", "encoder": "a name that is longer than a number"},
+    )
+
+
+def artifact_of(review: Review) -> Artifact:
+    return record(
+        review.given,
+        review.proposed,
+        num_classes=len(review.classes),
+        ids=list(review.ids),
+        abstained=review.action == "abstain",
+        confidence=review.confidence,
+        reason=review.reason,
+        settings={"classes": list(review.classes)},
+    )
+
+
+def changed(review: Review) -> list[int]:
+    return np.flatnonzero(review.action == "change").tolist()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not os.access(CHROMIUM, os.X_OK):
+        pytest.skip(f"{CHROMIUM} is not installed")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a page in a fresh profile; afterwards nothing may have been logged, asked or fetched from elsewhere."""
+    contexts, trouble = [], []
+
+    def requested(request: Any) -> None:
+        if not request.url.startswith(("file://", "data:", "blob:")):
+            trouble.append(f"request {request.url}")
+
+    def failed(request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # a picture whose card went before it came
+            trouble.append(f"failed: {request.url[:80]} {request.failure}")
+
+    def asked(dialog: Any) -> None:
+        trouble.append(f"dialog {dialog.message}")
+        dialog.dismiss()
+
+    def open_page(path: Path, script: str = "", **options: Any) -> Any:
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **options}
+        )
+        context.set_default_timeout(10_000)
+        if script:
+            context.add_init_script(script)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: trouble.append(f"{message.type}: {message.text}"))
+        tab.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+        tab.on("request", requested)
+        tab.on("requestfailed", failed)
+        tab.on("dialog", asked)
+        tab.goto(path.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert trouble == []
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of `review_of()`."""
+    return write_report(review_of(), tmp_path_factory.mktemp("small"))
+
+
+def names(tab: Any) -> list[str]:
+    return list(tab.locator(".card .name").all_inner_texts())
+
+
+def until(tab: Any, condition: str) -> None:
+    """Wait for a condition in the page; playwright's own way would need eval, which the page's policy forbids."""
+    for _ in range(200):
+        if tab.evaluate(condition):
+            return
+        tab.wait_for_timeout(25)
+    pytest.fail(f"still not: {condition}")
+
+
+def tally(tab: Any) -> str:
+    return str(tab.locator("#tally").inner_text())
+
+
+def export(tab: Any, path: Path) -> list[dict[str, str]]:
+    with tab.expect_download() as download:
+        tab.click("#export")
+    assert download.value.suggested_filename == "decisions.csv"
+    download.value.save_as(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def pick(tab: Any, name: str) -> None:
+    """Choose a label in the dialog for corrections with the keyboard alone."""
+    tab.locator("#class").press_sequentially(name)
+    tab.keyboard.press("Enter")
+
+
+# ---- the page ----
+
+
+def test_the_page_shows_numbers_charts_and_pictures(small: Path, visit: Callable[..., Any]) -> None:
+    review, tab = review_of(), visit(small)
+    numbers = tab.locator(".numbers").inner_text()
+    assert "120" in numbers
+    assert f"{len(changed(review))}" in numbers
+    assert tab.locator(".facts dt, .facts dd").all_text_contents() == ["encoder", "a name that is longer than a number"]
+    assert tab.locator(".card").count() == len(changed(review))
+    assert tab.locator(".card .near img").count() == 2 * len(changed(review))
+    pairs = tab.locator(".pairs li").all_inner_texts()
+    counts = [int(text.split()[-1]) for text in pairs]
+    assert sum(counts) == len(changed(review))
+    assert counts == sorted(counts, reverse=True)
+    bars = tab.evaluate(
+        "[...document.querySelectorAll('.bar-change')].filter((bar) => bar.getBBox().height > 0).length"
+    )
+    assert bars > 10
+    assert tab.locator(".threshold").count() == 2
+    tab.locator("#sweep-title ~ details summary").click()
+    sweep = tab.locator("#sweep-title ~ details tbody tr").all_inner_texts()
+    assert [line.split() for line in sweep[:2]] == [
+        ["0.00", "50.0%", "10.0%", "unknown", "0"],
+        ["0.10", "45.0%", "12.0%", "unknown", "0"],
+    ]
+    assert "1 look like another class" in tab.locator("#quality-title + .hint").inner_text()
+    assert "made as cat, looks like frog" in tab.locator(".unfit").inner_text()
+    tab.evaluate("document.querySelectorAll('img').forEach((image) => (image.loading = 'eager'))")
+    until(tab, "[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+
+
+def test_filters_and_sorting(small: Path, visit: Callable[..., Any]) -> None:
+    review, tab = review_of(), visit(small)
+    rows = changed(review)
+    sure = [review.ids[row] for row in sorted(rows, key=lambda row: -review.confidence[row])]
+    assert names(tab) == sure
+    tab.select_option("#sort", "unsure")
+    assert names(tab) == sure[::-1]
+    tab.select_option("#sort", "row")
+    assert names(tab) == [review.ids[row] for row in rows]
+    tab.select_option("#sort", "pair")
+    pairs = [(review.given[row], review.proposed[row]) for row in map(list(review.ids).index, names(tab))]
+    assert pairs == sorted(pairs)
+    tab.select_option("#new", label="frog")
+    expected = [review.ids[row] for row in rows if review.proposed[row] == 2]
+    assert sorted(names(tab)) == sorted(expected)
+    tab.fill("#low", "0.3")
+    tab.fill("#high", "0.8")
+    expected = [review.ids[row] for row in rows if review.proposed[row] == 2 and 0.3 <= review.confidence[row] <= 0.8]
+    assert sorted(names(tab)) == sorted(expected)
+    tab.fill("#text", "/9")
+    assert names(tab) == [one for one in names(tab) if "/9" in one]
+    tab.fill("#text", "nothing is called so")
+    assert tab.locator("#found").inner_text() == "No image fits these filters."
+    tab.click("#reset")
+    assert tab.locator(".card").count() == len(rows)
+    first = tab.locator(".pairs button").first
+    first.click()
+    assert tab.locator(".card").count() == int(first.inner_text().split()[-1])
+    tab.click("#reset")
+    tab.select_option("#kind", "0")
+    assert tab.locator(".card").count() == int((review.action == "abstain").sum())
+
+
+def test_decide_with_the_keyboard_alone(small: Path, visit: Callable[..., Any], tmp_path: Path) -> None:
+    tab = visit(small)
+    order = names(tab)
+    press = tab.keyboard.press
+    press("ArrowDown")
+    press("a")
+    assert "0 of" in tally(tab)  # outside the images keys belong to the browser
+    press("ArrowRight")
+    assert tab.evaluate("document.activeElement.className") == "card"
+    press("a")
+    press("r")
+    assert "1 accepted, 1 rejected" in tally(tab)
+    assert tab.evaluate("document.activeElement.querySelector('.name').innerText") == order[2]
+    assert f"Rejected: {order[1]}" in tab.locator("#live").inner_text()
+    press("c")
+    pick(tab, "cat")
+    press("ArrowRight")
+    press("j")
+    press("k")
+    press("a")
+    assert "4 of" in tally(tab)
+    press("u")
+    press("Control+z")
+    assert "2 of" in tally(tab)
+    for _ in range(3):
+        press("ArrowLeft")
+    press("x")
+    assert "1 accepted, 0 rejected" in tally(tab)
+    press("u")
+    assert "1 accepted, 1 rejected" in tally(tab)
+    press("c")
+    assert tab.locator("#correct").is_visible()
+    press("Escape")
+    assert not tab.locator("#correct").is_visible()
+    press("?")
+    assert tab.locator("#help").is_visible()
+    press("Escape")
+    tab.focus("#text")
+    tab.keyboard.type("arxcu?")  # letters, not commands
+    assert "2 of" in tally(tab)
+    rows = export(tab, tmp_path / "decisions.csv")
+    assert {row["decision"] for row in rows} == {"accept", "reject"}
+    assert {row["id"] for row in rows} == set(order[:2])
+
+
+def test_decide_with_the_mouse(small: Path, visit: Callable[..., Any], tmp_path: Path) -> None:
+    review, tab = review_of(), visit(small)
+    order = names(tab)
+    cards = tab.locator(".card")
+    cards.nth(0).locator(".accept").click()
+    cards.nth(1).locator(".reject").click()
+    cards.nth(2).locator(".accept").click()
+    cards.nth(2).locator(".accept").click()  # again takes it back
+    row = review.ids.index(order[3])
+    third = ({0, 1, 2} - {int(review.given[row]), int(review.proposed[row])}).pop()
+    cards.nth(3).locator(".correct").click()
+    tab.select_option("#class", str(third))
+    tab.click("#correct-take")
+    assert cards.nth(3).get_attribute("data-state") == "correct"
+    assert f"corrected to {review.classes[third]}" in (cards.nth(3).get_attribute("aria-label") or "")
+    assert "1 accepted, 1 rejected, 1 corrected" in tally(tab)
+    tab.select_option("#state", "correct")
+    assert names(tab) == [order[3]]
+    tab.select_option("#state", "open")
+    assert names(tab) == [order[2], *order[4:]]
+    written = {
+        row["id"]: (row["given"], row["decision"], row["label"]) for row in export(tab, tmp_path / "decisions.csv")
+    }
+    where = [review.ids.index(one) for one in order]
+    given, proposed = ([review.classes[labels[row]] for row in where] for labels in (review.given, review.proposed))
+    assert written == {
+        order[0]: (given[0], "accept", proposed[0]),
+        order[1]: (given[1], "reject", given[1]),
+        order[3]: (given[3], "correct", review.classes[third]),
+    }
+
+
+def test_accept_all_takes_what_the_filters_show_and_is_one_step(small: Path, visit: Callable[..., Any]) -> None:
+    tab = visit(small)
+    tab.select_option("#new", label="dog")
+    tab.locator(".card .reject").first.click()
+    shown = tab.locator(".card").count()
+    assert 1 < shown < len(changed(review_of()))
+    tab.click("#accept-all")
+    assert f"{shown - 1} accepted, 1 rejected" in tally(tab)
+    assert tab.locator("#accept-all").is_disabled()
+    tab.click("#undo")
+    assert "0 accepted, 1 rejected" in tally(tab)
+
+
+def test_a_reload_keeps_decisions_and_another_review_has_its_own(
+    small: Path, visit: Callable[..., Any], tmp_path: Path
+) -> None:
+    tab = visit(small)
+    tab.locator(".card .accept").first.click()
+    tab.reload()
+    assert "1 accepted" in tally(tab)
+    assert tab.locator(".card").first.get_attribute("data-state") == "accept"
+    tab.goto(write_report(review_of(prefix="other/"), tmp_path).as_uri())
+    assert "0 of" in tally(tab)
+
+
+@pytest.mark.parametrize("broken", ["setItem", "getItem"])
+def test_without_storage_the_page_says_so_and_works(
+    broken: str, small: Path, visit: Callable[..., Any], tmp_path: Path
+) -> None:
+    tab = visit(small, f"Storage.prototype.{broken} = () => {{ throw new Error('full'); }}")
+    assert "does not keep your decisions" in tab.locator("#problem").inner_text()
+    tab.locator(".card .accept").first.click()
+    assert len(export(tab, tmp_path / "decisions.csv")) == 1
+
+
+def test_exported_decisions_can_be_loaded_again(small: Path, visit: Callable[..., Any], tmp_path: Path) -> None:
+    tab = visit(small)
+    tab.locator(".card .accept").first.click()
+    tab.locator(".card .reject").last.click()
+    first = export(tab, tmp_path / "decisions.csv")
+    other = visit(small)  # a fresh profile: another machine
+    assert "0 of" in tally(other)
+    other.set_input_files("#import", tmp_path / "decisions.csv")
+    until(other, "document.getElementById('tally').innerText.startsWith('2 of')")
+    assert export(other, tmp_path / "again.csv") == first
+    (tmp_path / "no.csv").write_text("<html>")
+    other.set_input_files("#import", tmp_path / "no.csv")
+    until(other, "document.getElementById('found').innerText.includes('no file of decisions')")
+
+
+# ---- text of strangers ----
+
+
+def hostile() -> Review:
+    review = review_of(60, HOSTILE)
+    ids = [f"{HOSTILE[row % 4]}{row}" for row in range(60)]
+    reason = np.where(review.action == "change", HOSTILE[0], "")
+    return replace(review, ids=ids, reason=reason, notes=dict.fromkeys(HOSTILE, HOSTILE[1]))
+
+
+def test_hostile_names_do_nothing_and_come_back_as_they_were(visit: Callable[..., Any], tmp_path: Path) -> None:
+    review = hostile()
+    tab = visit(write_report(review, tmp_path, title=HOSTILE[0]))
+    assert tab.title() == HOSTILE[0]
+    assert tab.evaluate("window.pwned") is None
+    assert tab.locator("script").count() == 2
+    assert tab.locator("img[src=x], b").count() == 0
+    shown = tab.evaluate("[...document.querySelectorAll('.card .name')].map((one) => one.textContent)")
+    assert set(shown) == {review.ids[row] for row in changed(review)}
+    tab.click("#accept-all")
+    tab.locator(".card .reject").first.click()
+    tab.locator(".card .correct").last.click()
+    tab.select_option("#class", "3")
+    tab.click("#correct-take")
+    assert tab.evaluate("window.pwned") is None
+    rows = export(tab, tmp_path / "decisions.csv")
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert {row["decision"] for row in rows} >= {"accept", "reject"}
+
+
+def test_the_policy_stops_what_escaping_would_have_missed(small: Path, browser: Any) -> None:
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.goto(small.as_uri())
+    tab.evaluate(
+        """() => {
+          window.stopped = [];
+          const stopped = (event) => window.stopped.push(event.effectiveDirective);
+          document.addEventListener("securitypolicyviolation", stopped);
+          const image = document.createElement("img");
+          image.src = "https://example.org/x.png";
+          document.body.append(image);
+          const style = document.createElement("style");
+          style.textContent = "body { display: none }";
+          document.body.append(style);
+          try { document.body.innerHTML = "<b>markup</b>"; } catch { window.refused = true; }
+        }"""
+    )
+    until(tab, "window.stopped.includes('img-src') && window.stopped.includes('style-src-elem') && window.refused")
+    assert not tab.evaluate("fetch('https://example.org').then(() => true, () => false)")
+    context.close()
+
+
+# ---- many images, small screens, the dark ----
+
+
+def test_5000_changes_stay_light(visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)
+    review = review_of(15_000, tuple(f"class {number}" for number in range(100)))
+    blue = Image.new("RGB", (8, 8), "blue")
+    page = write_report(replace(review, image=lambda row: picture(row, 2), synthetic_image=lambda row: blue), tmp_path)
+    assert len(changed(review)) == 5000
+    assert page.stat().st_size < 3_000_000
+    assert len(list((tmp_path / "thumbnails").iterdir())) > 4000
+    fetched = []
+    tab = visit(page)
+    tab.on("request", lambda request: fetched.append(request.url))
+    elements = "document.getElementsByTagName('*').length"
+    assert tab.evaluate(elements) < 5000
+    assert "of 105" in tab.locator("#page").inner_text()
+    tab.click("#accept-all")
+    assert "5,000 accepted" in tally(tab)
+    tab.click("#next")
+    tab.select_option("#state", "accept")
+    tab.select_option("#old", label="class 3")
+    assert tab.locator(".card").count() == 48
+    assert tab.evaluate(elements) < 5000
+    assert len(fetched) < 48 * 4 * 4
+    until(tab, "document.querySelector('.card img').naturalWidth > 0")
+    tab.reload()
+    assert "5,000 accepted" in tally(tab)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(scheme: str, visit: Callable[..., Any], tmp_path: Path) -> None:
+    review = review_of(60, ("c" * 80, "a class with many words in its long name", "f"), prefix="folder/" * 20)
+    tab = visit(
+        write_report(review, tmp_path, title="t" * 100),
+        viewport={"width": 390, "height": 844},
+        color_scheme=scheme,
+    )
+    tab.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    beyond = """[...document.querySelectorAll('body *')].filter((one) => !one.closest('.scroll, .hidden, .skip, svg')
+        && one.getBoundingClientRect().right > 391).map((one) => one.outerHTML.slice(0, 80))"""
+    assert tab.evaluate(beyond) == []
+    tab.locator(".card .accept").first.click()
+    assert "1 accepted" in tally(tab)
+
+
+def test_dark_and_light_by_system_and_by_switch(small: Path, visit: Callable[..., Any]) -> None:
+    tab = visit(small, color_scheme="dark")
+
+    def brightness(element: str, of: str) -> float:
+        # A canvas turns whatever notation the browser uses for colours into bytes.
+        script = f"""() => {{
+          const pen = document.createElement("canvas").getContext("2d");
+          pen.fillStyle = getComputedStyle(document.querySelector("{element}")).{of};
+          pen.fillRect(0, 0, 1, 1);
+          return pen.getImageData(0, 0, 1, 1).data.slice(0, 3).reduce((sum, one) => sum + one, 0) / 765;
+        }}"""
+        return float(tab.evaluate(script))
+
+    def is_dark() -> bool:
+        back, text = brightness("html", "backgroundColor"), brightness(".card .labels", "color")
+        assert abs(back - text) > 0.6
+        return back < 0.3
+
+    assert is_dark()
+    tab.emulate_media(color_scheme="light")
+    assert not is_dark()
+    tab.select_option("#theme", "dark")
+    assert is_dark()
+    tab.reload()
+    assert is_dark()
+    tab.select_option("#theme", "")
+    assert not is_dark()
+
+
+# ---- files ----
+
+
+def test_the_same_review_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)  # thumbnails go beside the page
+    write_report(review_of(), tmp_path / "a")
+    write_report(review_of(90), tmp_path / "b")
+    write_report(review_of(), tmp_path / "b")  # thumbnails of the page before go
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert len(files(tmp_path / "a")) > 40
+    monkeypatch.undo()
+    write_report(review_of(), tmp_path / "b")
+    assert list(files(tmp_path / "b")) == ["report.html"]
+
+
+def test_killed_before_the_end_the_old_page_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)
+    page = write_report(review_of(), tmp_path)
+    before = page.read_bytes()
+    pictures = set((tmp_path / "thumbnails").iterdir())
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("synth_refine.report._Pictures.remove_others", stop)
+    monkeypatch.setattr("synth_refine.report._flows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(review_of(90, prefix="other/"), tmp_path)
+    assert page.read_bytes() == before
+    assert pictures <= set((tmp_path / "thumbnails").iterdir())
+
+
+def test_a_picture_that_cannot_be_read_is_said_and_no_camera_notes_get_in(
+    visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)
+    review = review_of(30)
+    bad = changed(review)[0]
+
+    def image(row: int) -> Image.Image:
+        if row == bad:
+            raise InputError("image: expected an image, got an HTML page")
+        large = picture(row, 700)
+        large.info |= dict.fromkeys(("exif", "icc_profile", "xmp", "comment"), b"Exif\0\0secret place")
+        return large
+
+    page = write_report(replace(review, image=image), tmp_path)
+    assert not [path for path in (tmp_path / "thumbnails").iterdir() if b"secret" in path.read_bytes()]
+    tab = visit(page)
+    assert tab.locator("div.picture").inner_text() == "image: expected an image, got an HTML page"
+    tab.locator("img.picture").first.scroll_into_view_if_needed()
+    until(tab, "document.querySelector('img.picture').naturalWidth > 0")
+    assert tab.evaluate("document.querySelector('img.picture').naturalWidth") == SIDE
+
+
+def test_nothing_to_review(visit: Callable[..., Any], tmp_path: Path) -> None:
+    review = review_of(30)
+    calm = replace(
+        review,
+        proposed=review.given,
+        action=np.full(30, "keep"),
+        confidence=np.full(30, np.nan),
+        sweep=(),
+        quality=None,
+    )
+    tab = visit(write_report(calm, tmp_path))
+    assert tab.locator(".card").count() == 0
+    tab.keyboard.press("ArrowRight")
+    assert tab.locator("#export").is_disabled()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ("cat", "cat", "frog")}, "classes: expected every id once"),
+        ({"ids": ["one"] * 120}, "ids: expected every id once"),
+        ({"proposed": np.full(120, 3)}, "proposed: expected classes 0 to 2"),
+        ({"confidence": np.zeros(3)}, r"confidence: expected shape \(120,\)"),
+        ({"action": np.full(120, "perhaps")}, "action: expected keep, change or abstain"),
+        ({"action": np.full(120, "keep")}, "action: expected change exactly where"),
+        ({"nearest": np.full((120, 1), 30)}, "nearest: expected rows from -1 to 29, got 30"),
+        ({"quality": prototype_quality(np.eye(3), np.arange(3))}, r"quality: expected shape \(30,\)"),
+    ],
+)
+def test_reviews_that_do_not_fit_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        write_report(replace(review_of(), **change), tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+# ---- decisions ----
+
+
+def test_from_the_page_to_label_files_and_back(
+    visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    review = hostile()
+    write_artifact("refined", artifact_of(review))
+    shuffled = np.random.default_rng(1).permutation(60)
+    write_labels("given.csv", review.given[shuffled], [review.ids[row] for row in shuffled])
+    tab = visit(write_report(review, tmp_path / "page"))
+    rows = [row for row in changed(review) if (review.given[row], review.proposed[row]) == (0, 1)]
+    tab.select_option("#old", "0")
+    tab.select_option("#new", "1")
+    tab.click("#accept-all")
+    tab.select_option("#sort", "row")
+    tab.locator(".card .reject").first.click()
+    tab.locator(".card .correct").last.click()
+    tab.select_option("#class", "3")
+    tab.click("#correct-take")
+    tab.select_option("#kind", "0")
+    tab.click("#reset")
+    tab.locator(".card .correct").first.click()
+    tab.select_option("#class", "2")
+    tab.click("#correct-take")
+    export(tab, tmp_path / "decisions.csv")
+
+    reviewed = ["--decisions", "decisions.csv"]
+    assert cli.main(["apply", "refined", "--given", "given.csv", "--out", "new.csv", *reviewed]) == 0
+    labels, ids = read_labels_and_ids("new.csv")
+    assert ids is not None
+    expected = review.given.copy()
+    expected[rows[1:-1]] = 1
+    expected[rows[-1]] = 3
+    expected[np.flatnonzero(review.action == "abstain")[0]] = 2
+    assert dict(zip(ids, labels.tolist(), strict=True)) == dict(zip(review.ids, expected.tolist(), strict=True))
+    assert (expected != review.given).any()
+    assert (expected != review.proposed).any()
+    assert cli.main(["revert", "refined", "--labels", "new.csv", "--out", "back.csv", *reviewed]) == 0
+    assert Path("back.csv").read_bytes() == Path("given.csv").read_bytes()
+
+
+def decisions(path: Path, *rows: tuple[str, str, str, str]) -> Path:
+    columns = list(zip(*rows, strict=True)) if rows else [[]] * 4
+    path.write_bytes(csv_bytes(dict(zip(("id", "given", "decision", "label"), columns, strict=True))))
+    return path
+
+
+def test_what_nobody_decided_on_stays_and_is_marked(tmp_path: Path) -> None:
+    artifact = record(
+        np.array([0, 1, 2, 0]), np.array([1, 1, 0, 2]), num_classes=3, confidence=np.full(4, 0.9), reason="x"
+    )
+    file = decisions(
+        tmp_path / "d.csv", ("0", "0", "accept", "1"), ("2", "2", "reject", "2"), ("1", "1", "correct", "0")
+    )
+    result = decided(artifact, file)
+    assert result.labels.tolist() == [1, 0, 2, 0]
+    assert result.action.tolist() == ["change", "change", "keep", "abstain"]
+    assert result.reason.tolist() == ["x", "corrected by hand", "", "x"]
+    assert set(result.run["inputs"]) == {"decisions"}
+    assert artifact.labels.tolist() == [1, 1, 0, 2]
+    write_artifact(tmp_path / "result", result)
+    assert read_artifact(tmp_path / "result").labels.tolist() == [1, 0, 2, 0]
+    assert decided(artifact, decisions(tmp_path / "none.csv")).labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        (("9", "0", "accept", "1"), WrongIds, "expected ids of the artifact, got '9'"),
+        (("0", "0", "maybe", "1"), InputError, "expected accept, reject or correct for '0', got 'maybe'"),
+        (("0", "0", "accept", "cat"), InputError, "expected class names for '0', got 'cat'"),
+        (("0", "1", "accept", "1"), WrongBase, "about another refinement"),
+        (("0", "0", "accept", "2"), WrongBase, "expected accept of '1' for '0'"),
+        (("0", "0", "reject", "1"), WrongBase, "expected reject of '0' for '0'"),
+    ],
+)
+def test_decisions_about_something_else_are_refused(
+    row: tuple[str, str, str, str], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    artifact = record(np.array([0, 1, 2]), np.array([1, 1, 0]), num_classes=3)
+    with pytest.raises(error, match=message):
+        decided(artifact, decisions(tmp_path / "d.csv", row))
+
+
+def test_tables_that_are_no_decisions_are_refused(tmp_path: Path) -> None:
+    artifact = record(np.array([0, 1]), np.array([1, 1]))
+    with pytest.raises(InputError, match="expected every id once"):
+        decided(artifact, decisions(tmp_path / "d.csv", *[("0", "0", "accept", "1")] * 2))
+    (tmp_path / "d.csv").write_text("id,label\n0,1\n")
+    with pytest.raises(InputError, match="got no given"):
+        decided(artifact, tmp_path / "d.csv")
+    with pytest.raises(InputError, match="classes: expected 2 names, got 1"):
+        decided(artifact, decisions(tmp_path / "d.csv"), ["cat"])
