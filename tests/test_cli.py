@@ -18,7 +18,7 @@ from synth_refine import cli
 from synth_refine.artifact import read_artifact
 from synth_refine.labels import read_labels, read_labels_and_ids, write_labels
 
-COMMANDS = ("refine", "apply", "revert", "diff", "export", "verify", "env")
+COMMANDS = ("refine", "scale", "apply", "revert", "diff", "export", "verify", "env")
 WRITERS = ("refine", "apply", "revert", "export")
 FILES = ("--features", "--logits", "--prototypes", "--given")
 COUNT = 60
