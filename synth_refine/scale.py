@@ -207,7 +207,13 @@ def _on_ray(work: _Work, todo: list[Shard], address: str | None) -> Iterator[dic
         ray.init(address=address)
     by_number = {shard.number: shard for shard in todo}
     numbers = ray.data.from_items([{"shard": number} for number in by_number], override_num_blocks=len(todo))
-    yield from numbers.map(lambda row: work(by_number[row["shard"]]), num_cpus=1).iter_rows()
+    numbers.context.enable_progress_bars = False  # the manifest's own shows what is done
+    try:
+        yield from numbers.map(lambda row: work(by_number[row["shard"]]), num_cpus=1).iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -246,8 +252,9 @@ def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
     for part in parts:
         check_labels(f"given in {shard.given.path}", part, num_classes)
     given = np.concatenate(parts).astype(np.int64)
-    directions, limits = torch.from_numpy(rule.directions), torch.from_numpy(rule.thresholds).float()
-    head = None if rule.head is None else torch.from_numpy(rule.head).T  # (D, C) or (D + 1, C)
+    # Copies: what comes through Ray's object store is read-only.
+    directions, limits = (float_tensor(values, torch.float32, cpu) for values in (rule.directions, rule.thresholds))
+    head = None if rule.head is None else float_tensor(rule.head, torch.float32, cpu).T  # (D, C) or (D + 1, C)
     step, top = chunk_rows(num_classes), min(TOP, num_classes)
     outputs = None if shard.logits is None else _chunks("logits", shard.logits, step, num_classes)
     classes = np.empty((shard.features.rows, top), dtype=np.int32)
