@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from synth_refine._check import Array, ArrayT, InputError, check_array, check_floating, check_labels, float_tensor
 
 CHUNK_ELEMENTS = 1 << 21
-"""Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache."""
+"""Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache. No more
+features than that either."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def refine_labels(
     labels = torch.empty(num_images, dtype=torch.int64, device=device)
     confidence = torch.empty(num_images, dtype=dtype, device=device)
     ties = [torch.empty((0, 2), dtype=torch.int64, device=device)]
-    step = chunk_rows(num_classes)
+    step = chunk_rows(num_classes, features.shape[1])
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
@@ -163,9 +164,9 @@ class Scored:
     ties: Tensor
 
 
-def chunk_rows(num_classes: int) -> int:
-    """Images scored at once."""
-    return max(64, CHUNK_ELEMENTS // num_classes)
+def chunk_rows(num_classes: int, width: int) -> int:
+    """Images scored at once, for C classes and D features."""
+    return max(64, CHUNK_ELEMENTS // max(num_classes, width))
 
 
 def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weight: float, top: int) -> Scored:

@@ -163,8 +163,8 @@ def refine_shards(
         raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
     if shard_rows < 1:
         raise InputError(f"shard_rows: expected at least 1, got {shard_rows}")
-    rule = _rule(prototypes, threshold, head, weight, logits is not None)
-    shards = _shards(features, given, logits, shard_rows)
+    rule = make_rule(prototypes, threshold, head, weight, logits is not None)
+    shards = cut_shards(features, given, logits, shard_rows)
     _check_width(shards[0], rule)
     root = Path(out)
     (root / "shards").mkdir(parents=True, exist_ok=True)
@@ -248,20 +248,20 @@ def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
     import pyarrow as pa
 
     cpu, num_classes = torch.device("cpu"), rule.directions.shape[1]
-    parts = list(_chunks("given", shard.given, SHARD_ROWS))
+    parts = list(read_chunks("given", shard.given, SHARD_ROWS))
     for part in parts:
         check_labels(f"given in {shard.given.path}", part, num_classes)
     given = np.concatenate(parts).astype(np.int64)
     # Copies: what comes through Ray's object store is read-only.
     directions, limits = (float_tensor(values, torch.float32, cpu) for values in (rule.directions, rule.thresholds))
     head = None if rule.head is None else float_tensor(rule.head, torch.float32, cpu).T  # (D, C) or (D + 1, C)
-    step, top = chunk_rows(num_classes), min(TOP, num_classes)
-    outputs = None if shard.logits is None else _chunks("logits", shard.logits, step, num_classes)
+    step, top = chunk_rows(num_classes, len(directions)), min(TOP, num_classes)
+    outputs = None if shard.logits is None else read_chunks("logits", shard.logits, step, num_classes)
     classes = np.empty((shard.features.rows, top), dtype=np.int32)
     scores = np.empty((shard.features.rows, top), dtype=np.float32)
     ties, start = [np.empty((0, 2), dtype=np.int64)], 0
     with torch.no_grad():
-        for values in _chunks("features", shard.features, step, directions.shape[0]):
+        for values in read_chunks("features", shard.features, step, directions.shape[0]):
             chunk, logits = float_tensor(values, torch.float32, cpu), None
             if head is not None:
                 logits = chunk @ head[: chunk.shape[1]]
@@ -287,7 +287,7 @@ def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
     return pa.table(columns), int((best < 0).sum())
 
 
-def _rule(
+def make_rule(
     prototypes: Array,
     threshold: float | Sequence[float] | Array,
     head: Array | None,
@@ -326,7 +326,7 @@ def _rule(
     )
 
 
-def _shards(
+def cut_shards(
     features: str | os.PathLike[str],
     given: str | os.PathLike[str],
     logits: str | os.PathLike[str] | None,
@@ -413,7 +413,7 @@ def _shown(layout: list[int]) -> str:
     return f"[{', '.join(map(str, layout[:4]))}{', ...' if len(layout) > 4 else ''}]"
 
 
-def _chunks(name: str, piece: Piece, step: int, width: int | None = None) -> Iterator[NDArray[Any]]:
+def read_chunks(name: str, piece: Piece, step: int, width: int | None = None) -> Iterator[NDArray[Any]]:
     """The rows of a piece, `step` at a time: (n, width), or (n,) without a width.
 
     The map into a .npy file goes with the iterator, and with it the pages that would count as resident.
@@ -460,10 +460,10 @@ def _matrix(name: str, path: str, column: Any) -> NDArray[Any]:
 def _check_width(shard: Shard, rule: Rule) -> None:
     """Fail before the first shard where no shard could fit."""
     width, num_classes = rule.directions.shape
-    next(_chunks("features", shard.features, 1, width))
-    next(_chunks("given", shard.given, 1))
+    next(read_chunks("features", shard.features, 1, width))
+    next(read_chunks("given", shard.given, 1))
     if shard.logits is not None:
-        next(_chunks("logits", shard.logits, 1, num_classes))
+        next(read_chunks("logits", shard.logits, 1, num_classes))
 
 
 def _config(rule: Rule, shards: list[Shard]) -> dict[str, Any]:
