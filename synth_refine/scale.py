@@ -208,12 +208,17 @@ def _on_ray(work: _Work, todo: list[Shard], address: str | None) -> Iterator[dic
     by_number = {shard.number: shard for shard in todo}
     numbers = ray.data.from_items([{"shard": number} for number in by_number], override_num_blocks=len(todo))
     numbers.context.enable_progress_bars = False  # the manifest's own shows what is done
-    try:
-        yield from numbers.map(lambda row: work(by_number[row["shard"]]), num_cpus=1).iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise InputError(str(error.cause)) from error
-        raise
+
+    def attempt(row: dict[str, int]) -> dict[str, str]:
+        try:
+            return {"line": json.dumps(work(by_number[row["shard"]])), "error": ""}
+        except InputError as error:  # as a value: Ray would wrap an exception, and no attempt can mend an input
+            return {"line": "", "error": str(error)}
+
+    for row in numbers.map(attempt, num_cpus=1).iter_rows():
+        if row["error"]:
+            raise InputError(row["error"])
+        yield json.loads(row["line"])
 
 
 @dataclass(frozen=True)
