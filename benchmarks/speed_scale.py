@@ -122,7 +122,7 @@ def ours(folder: Path) -> dict[str, float]:
 
 def cleanlab_whole(folder: Path) -> dict[str, float]:
     """cleanlab's find_label_issues on the probabilities of the same logits."""
-    from cleanlab.filter import find_label_issues
+    from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
 
     labels = np.load(folder / "given.npy", allow_pickle=False)
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def cleanlab_whole(folder: Path) -> dict[str, float]:
 
 def cleanlab_batched(folder: Path) -> dict[str, float]:
     """cleanlab's find_label_issues_batched on the same files."""
-    from cleanlab.experimental.label_issues_batched import find_label_issues_batched
+    from cleanlab.experimental.label_issues_batched import find_label_issues_batched  # type: ignore[import-untyped]
 
     start = time.perf_counter()
     find_label_issues_batched(

@@ -14,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -176,7 +177,7 @@ def refine_shards(
         todo = [shard for shard in shards if shard.number not in done]
         reused = len(done)
         work = _Work(rule, str(root / "shards"))
-        results = (work(shard) for shard in todo) if engine == "local" else _on_ray(work, todo, address)
+        results = _here(work, todo) if engine == "local" else _on_ray(work, todo, address)
         with open(root / "manifest.jsonl", "ab") as manifest:
             bar = tqdm(results, "shards", total=len(shards), initial=reused, disable=not progress)
             for line in bar:
@@ -229,23 +230,36 @@ class _Work:
     folder: str
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
+        return self.write(shard, *refine_shard(self.rule, shard))
+
+    def write(self, shard: Shard, table: pa.Table, skipped: int) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
-        table, skipped = refine_shard(self.rule, shard)
         data = io.BytesIO()
         # Scores hardly repeat: a dictionary of them costs time and space.
         pq.write_table(table, data, use_dictionary=["given", "refined"])
         with write_atomic(Path(self.folder, shard.name)) as file:
             file.write(data.getbuffer())
-        changed = int((table["given"].to_numpy() != table["refined"].to_numpy()).sum())
-        digest = hashlib.sha256(data.getbuffer()).hexdigest()
         return {
             "shard": shard.number,
             "rows": shard.features.rows,
-            "sha256": digest,
-            "changed": changed,
+            "sha256": hashlib.sha256(data.getbuffer()).hexdigest(),
+            "changed": int((table["given"].to_numpy() != table["refined"].to_numpy()).sum()),
             "skipped": skipped,
         }
+
+
+def _here(work: _Work, todo: list[Shard]) -> Iterator[dict[str, Any]]:
+    """The work in this process; a shard is written while the next one is scored."""
+    with ThreadPoolExecutor(1) as writer:
+        before = None
+        for shard in todo:
+            line = writer.submit(work.write, shard, *refine_shard(work.rule, shard))
+            if before is not None:
+                yield before.result()
+            before = line
+        if before is not None:
+            yield before.result()
 
 
 def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
@@ -525,8 +539,9 @@ def _brief(value: object) -> str:
 
 def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, dict[str, Any]]:
     """The lines of the manifest whose files are as they were written; the manifest is left with these alone."""
-    for leftover in (root / "shards").glob(".*.tmp"):
-        leftover.unlink()
+    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
+        for leftover in root.glob(name):
+            leftover.unlink()
     path = root / "manifest.jsonl"
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_bytes().split(b"\n") if path.exists() else []:

@@ -80,7 +80,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if processes()[1] == 1:
         return model
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, below the top
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # in place, below the top
         return DistributedDataParallel(model, device_ids=[device])
     return DistributedDataParallel(model)
 
