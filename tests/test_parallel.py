@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import json, os, sys
 import torch
-from third_party import standard
+from third_party import plc, standard
 from third_party.resnet import FeatureHead
 
 if "RANK" in os.environ:
@@ -29,6 +29,13 @@ for targets in (labels, soft):
     accuracy = lambda network: {"right": (network(inputs).argmax(dim=1) == labels).float().mean().item()}
     result = standard.train(model, inputs, targets, config, measure=accuracy, seed=3, keep_best="right")
     found.append([result.history, model.head.weight.tolist(), result.best_epoch])
+torch.manual_seed(1)
+model = FeatureHead(3, inputs.mean(dim=0), inputs.std(dim=0), hidden=8, dropout=0.0)
+config = plc.Config(epochs=4, batch_size=16, lr=0.1, warmup=1, window=2, delta=0.9)
+start = torch.where(torch.rand(99) < 0.3, (labels + 1) % 3, labels)
+result = plc.train(model, inputs, start, config, measure=accuracy, seed=3)
+assert sum(epoch["flips"] for epoch in result.history) > 0
+found.append([result.history, model.head.weight.tolist(), result.labels.tolist()])
 with open(f"{sys.argv[1]}-{os.environ.get('RANK', 'alone')}.json", "w") as file:
     json.dump(found, file)
 if torch.distributed.is_initialized():
