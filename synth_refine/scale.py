@@ -435,14 +435,14 @@ def _shown(layout: list[int]) -> str:
 def read_chunks(name: str, piece: Piece, step: int, width: int | None = None) -> Iterator[NDArray[Any]]:
     """The rows of a piece, `step` at a time: (n, width), or (n,) without a width.
 
-    The map into a .npy file goes with the iterator, and with it the pages that would count as resident.
+    Every chunk of a .npy file is a map of its own, so that the pages of the one before no longer count as resident.
     """
     shape: tuple[int | str, ...] = ("n",) if width is None else ("n", width)
     if not piece.path.endswith(".parquet"):
-        mapped = read_npy(name, piece.path, "iu" if width is None else "f")[piece.start : piece.stop]
-        check_array(f"{name} in {piece.path}", mapped, shape)
-        for start in range(0, len(mapped), step):
-            yield mapped[start : start + step]
+        for start in range(piece.start, piece.stop, step):
+            mapped = read_npy(name, piece.path, "iu" if width is None else "f")[start : min(start + step, piece.stop)]
+            check_array(f"{name} in {piece.path}", mapped, shape)
+            yield mapped
         return
     rest: NDArray[Any] | None = None
     for batch in _parquet(name, piece.path).iter_batches(batch_size=step, columns=[name]):
