@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: python benchmarks/speed.py refine | lra | embed.
+"""Speed as ratios within one run: python benchmarks/speed.py refine | lra | embed | scale.
 
 Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
 in the same process, and the median of the rounds counts.
@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from benchmarks.records import digest, environment, write_record
 from benchmarks.speed_embed import embed
 from benchmarks.speed_lra import lra
+from benchmarks.speed_scale import ROWS, plot, scale
 from synth_refine import refine_labels
 
 SIZES = [(45_000, 512, 10), (200_000, 768, 1000)]  # images, features, classes
@@ -130,15 +132,24 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {"refine": refine, "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time one thing and write a record of it."""
+    """Time one thing and write a record of it; of `scale`, one per table and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=sorted(BENCHMARKS))
+    parser.add_argument("what", choices=sorted([*BENCHMARKS, "scale"]))
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the record (%(default)s)")
+    parser.add_argument("--largest", type=int, default=ROWS[-1], help="scale: most images to try (%(default)s)")
+    parser.add_argument("--scratch", type=Path, help="scale: folder for up to 6 GB of arrays (the system's)")
     options = parser.parse_args(arguments)
-    rows = BENCHMARKS[options.what]()
-    record = {"benchmark": options.what, "environment": environment(), "rows": rows}
-    write_record(options.out / f"{options.what}_{digest(record)}.json", record)
-    print(json.dumps(rows, indent=1))
+    if options.what == "scale":
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            tables = scale(Path(scratch), options.largest, torch.get_num_threads())
+    else:
+        tables = {options.what: BENCHMARKS[options.what]()}
+    for name, rows in tables.items():
+        record = {"benchmark": name, "environment": environment(), "rows": rows}
+        write_record(options.out / f"{name}_{digest(record)}.json", record)
+    if options.what == "scale":
+        plot(tables["scale"], options.out / "scale.png")
+    print(json.dumps(tables, indent=1))
     return 0
 
 

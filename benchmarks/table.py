@@ -128,7 +128,9 @@ def speed_table(records: Sequence[Record]) -> str:
     return markdown([header, *([_figure(value) for value in row.values()] for row in rows)])
 
 
-def _figure(value: float) -> str:
+def _figure(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 

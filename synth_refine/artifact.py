@@ -12,14 +12,12 @@ reader takes the files whose hashes run.json holds, under whichever of the two n
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine._check import Array, InputError, check_array
-from synth_refine.files import file_hash, open_plain, read_npy, sync_folder, write_atomic
+from synth_refine.files import file_hash, locked, open_plain, read_npy, sync_folder, write_atomic
 from synth_refine.labels import as_labels, check_unique, csv_bytes, labels_hash, read_csv
 
 FORMAT = 1
@@ -248,7 +246,7 @@ def write_artifact(folder: str | os.PathLike[str], artifact: Artifact) -> None:
         contents["ids.csv"] = csv_bytes({"id": artifact.ids})
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     run = json.dumps({**artifact.run, "files": hashes}, indent=2, allow_nan=False) + "\n"
-    with _locked(root):
+    with locked(root):
         _settle(root)
         for name, data in contents.items():
             with write_atomic(_staged(root, name, hashes[name])) as file:
@@ -343,17 +341,3 @@ def _settle(root: Path) -> None:
             (root / name).unlink(missing_ok=True)
     for path in root.glob(".run.json.*.tmp"):
         path.unlink()
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Keep other writers out; the lock goes with the process that holds it."""
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, "another process is writing to this artifact", str(root)) from error
-        yield
-    finally:
-        os.close(descriptor)

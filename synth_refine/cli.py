@@ -40,6 +40,7 @@ from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
 from synth_refine.report import decided
+from synth_refine.scale import ENGINES, SHARD_ROWS, refine_shards
 from synth_refine.trees import apply_tree, revert_tree
 
 FINE, PROBLEM, BAD_INPUT = 0, 1, 3
@@ -59,6 +60,11 @@ REFINE = """examples:
       --given given.npy --threshold 0.6 --out refined
   synth-refine refine --refiner anchored --features features.npy --anchors synthetic.npy \\
       --anchor-labels synthetic_labels.npy --given given.npy --out refined"""
+SCALE = """examples:
+  synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
+      --threshold 0.5 --out refined-shards
+  synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
+      --head head.npy --threshold 0.6 --out refined-with-classifier"""
 APPLY = """examples:
   synth-refine apply refined --given given.npy --out labels.npy
   synth-refine apply refined --given given.npy --out reviewed.npy --decisions decisions.csv"""
@@ -146,6 +152,19 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("--force", action="store_true", help="anchored: change labels though it may do harm")
     refine.add_argument("--encoder", default="", help="name and revision, or hash, of the encoder; goes on record")
     refine.add_argument("--out", required=True, metavar="FOLDER", help="the artifact")
+
+    scale = command("scale", _scale, "refine millions of labels shard by shard; started again, it goes on", SCALE)
+    scale.add_argument("--features", required=True, metavar="PATH", help="(N, D) floats: .npy, or folder of shards")
+    scale.add_argument("--given", required=True, metavar="PATH", help="the labels as given: .npy, or folder of shards")
+    scale.add_argument("--prototypes", required=True, metavar="NPY", help="mean synthetic features, (C, D) floats")
+    scale.add_argument("--threshold", required=True, type=_finite, help="smallest score that replaces a label")
+    scale.add_argument("--logits", metavar="PATH", help="outputs of a classifier, (N, C), stored as the features are")
+    scale.add_argument("--head", metavar="NPY", help="instead: a linear classifier, (C, D), or (C, D + 1) with bias")
+    scale.add_argument("--weight", type=float, help="weight of the similarity (0.5 with a classifier, 1 without)")
+    scale.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a .npy per shard (%(default)s)")
+    scale.add_argument("--engine", choices=ENGINES, default="local", help="(%(default)s)")
+    scale.add_argument("--address", help="ray: of the cluster; by default RAY_ADDRESS, or a new one on this machine")
+    scale.add_argument("--out", required=True, metavar="FOLDER", help="Parquet shards, manifest and labels.npy")
 
     apply = command("apply", _apply, "turn given labels into the refined ones", APPLY)
     apply.add_argument("artifact", help="folder of an artifact")
@@ -353,6 +372,25 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
         "reason": np.array(REASONS)[np.asarray(decision.reasons)],
         "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force},
     }
+
+
+def _scale(options: argparse.Namespace) -> int:
+    summary = refine_shards(
+        options.features,
+        options.given,
+        read_npy("prototypes", options.prototypes, "f"),
+        options.threshold,
+        options.out,
+        logits=options.logits,
+        head=None if options.head is None else read_npy("head", options.head, "f"),
+        weight=options.weight,
+        shard_rows=options.shard_rows,
+        engine=options.engine,
+        address=options.address,
+        progress=sys.stderr.isatty(),
+    )
+    _show({"out": options.out, **asdict(summary)})
+    return FINE
 
 
 def _apply(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ by an unpickler that knows four names, each replaced by a stand-in of ours.
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
 import io
 import math
@@ -324,6 +325,24 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other writers out of a folder; the lock goes with the process that holds it.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process is writing to this folder", str(folder)) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

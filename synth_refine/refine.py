@@ -16,7 +16,11 @@ from torch.nn import functional as F
 from synth_refine._check import Array, ArrayT, InputError, check_array, check_floating, check_labels, float_tensor
 
 CHUNK_ELEMENTS = 1 << 21
-"""Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache."""
+"""Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache. No more
+features than that either."""
+
+CACHED_ELEMENTS = 1 << 17
+"""Scores searched at once on the CPU: half a megabyte, which a core's own cache holds."""
 
 
 @dataclass(frozen=True)
@@ -121,29 +125,21 @@ def refine_labels(
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")
     double = any(str(value.dtype).endswith("float64") for value in (features, logits, prototypes))
     dtype = torch.float64 if double else torch.float32
-    limits = _thresholds(threshold, num_classes).to(device, dtype)
-    directions = _directions(prototypes, dtype, device).T * weight  # (D, C)
+    limits = class_thresholds(threshold, num_classes).to(device, dtype)
+    directions = prototype_directions(prototypes, dtype, device).T * weight  # (D, C)
 
     labels = torch.empty(num_images, dtype=torch.int64, device=device)
     confidence = torch.empty(num_images, dtype=dtype, device=device)
     ties = [torch.empty((0, 2), dtype=torch.int64, device=device)]
-    step = max(64, CHUNK_ELEMENTS // num_classes)
+    step = chunk_rows(num_classes, features.shape[1])
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
             chunk, outputs = float_tensor(features[rows], dtype, device), float_tensor(logits[rows], dtype, device)
-            lengths = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-            # Scores times the length of the feature: scaling the softmax up is cheaper than scaling the features down.
-            scores = outputs.softmax(dim=1).mul_((1 - weight) * lengths).addmm_(chunk, directions)  # (n, C)
-            (best, *second), (winner, *_) = (part.unbind(dim=1) for part in scores.topk(min(2, num_classes), dim=1))
-            if second and bool((tied := best == second[0]).any()):
-                at_best = (scores == best[:, None]) & tied[:, None]
-                winner = torch.where(tied, at_best.int().argmax(dim=1), winner)
-                ties.append(at_best.nonzero() + torch.tensor([start, 0], device=device))
-            finite = lengths[:, 0].isfinite() & outputs.amax(dim=1).isfinite() & outputs.amin(dim=1).isfinite()
-            scored = finite & (lengths[:, 0] > 0)
-            labels[rows] = winner.masked_fill(~scored, -1)
-            confidence[rows] = (best / lengths[:, 0]).masked_fill(~scored, torch.nan)
+            scored = score_rows(chunk, outputs, directions, weight, top=2)
+            labels[rows], confidence[rows] = scored.classes[:, 0], scored.values[:, 0]
+            if len(scored.ties):
+                ties.append(scored.ties + torch.tensor([start, 0], device=device))
     if strict and bool((labels < 0).any()):
         first = int((labels < 0).nonzero()[0, 0])
         raise InputError(
@@ -155,7 +151,82 @@ def refine_labels(
     return Refinement(*(parts if isinstance(features, Tensor) else (part.numpy() for part in parts)))
 
 
-def _directions(prototypes: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class Scored:
+    """The best classes of a chunk of images.
+
+    Attributes:
+        classes: Classes from the best score down, the lower class first among equals, (n, K) int64; -1 where the image
+            could not be scored.
+        values: Their scores, (n, K); NaN where the image could not be scored.
+        ties: Row and class of every score that equals the best one, (T, 2); only rows with several best classes.
+    """
+
+    classes: Tensor
+    values: Tensor
+    ties: Tensor
+
+
+def chunk_rows(num_classes: int, width: int) -> int:
+    """Images scored at once, for C classes and D features."""
+    return max(64, CHUNK_ELEMENTS // max(num_classes, width))
+
+
+def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weight: float, top: int) -> Scored:
+    """The paper's score of a few images, and the best classes by it.
+
+    Args:
+        features: (n, D), of the type to compute in.
+        logits: Classifier outputs, (n, C); None for a score by similarity alone.
+        directions: Prototypes of length one times `weight`, (D, C).
+        weight: Weight of the cosine.
+        top: K, the number of classes wanted; all of them where there are fewer.
+    """
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    scored = lengths.isfinite() & (lengths > 0)  # (n, 1)
+    # Scores times the length of the feature: scaling the softmax up is cheaper than scaling the features down.
+    if logits is None:
+        scores = features @ directions  # (n, C)
+    else:
+        scores = logits.softmax(dim=1).mul_((1 - weight) * lengths).addmm_(features, directions)
+        scored &= logits.amax(dim=1, keepdim=True).isfinite() & logits.amin(dim=1, keepdim=True).isfinite()
+    values, classes = _best(scores, max(2, top))
+    ties = torch.empty((0, 2), dtype=torch.int64, device=scores.device)
+    if values.shape[1] > 1 and bool((tied := values[:, 0] == values[:, 1]).any()):
+        scores.scatter_(1, classes, values)  # what the search took out
+        ties = ((scores == values[:, :1]) & tied[:, None]).nonzero()
+    values, classes = values[:, :top] / lengths, classes[:, :top]
+    return Scored(classes.masked_fill(~scored, -1), values.masked_fill(~scored, torch.nan), ties)
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest scores of each row and their columns, (n, count), the lower column first among equals.
+
+    Found one after the other, each replaced by minus infinity in `scores`: for a handful of them that is two to three
+    times as fast as topk, which moreover promises no order among equals.
+    """
+    count = min(count, scores.shape[1])
+    values, classes = scores.new_empty((len(scores), count)), scores.new_empty((len(scores), count), dtype=torch.int64)
+    if scores.device.type != "cpu":
+        for place in range(count):
+            winners = scores.argmax(dim=1, keepdim=True)
+            values[:, place], classes[:, place] = scores.gather(1, winners)[:, 0], winners[:, 0]
+            scores.scatter_(1, winners, -torch.inf)
+        return values, classes
+    # NumPy's argmax is vectorised, torch's on the CPU is not; a part that stays in the cache is searched fastest.
+    step = max(1, CACHED_ELEMENTS // max(1, scores.shape[1]))
+    for start in range(0, len(scores), step):
+        part = slice(start, start + step)
+        table, best, columns = scores[part].numpy(), values[part].numpy(), classes[part].numpy()
+        rows = np.arange(len(table))
+        for place in range(count):
+            winner = table.argmax(axis=1)
+            best[:, place], columns[:, place] = table[rows, winner], winner
+            table[rows, winner] = -np.inf
+    return values, classes
+
+
+def prototype_directions(prototypes: Array, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Prototypes scaled to length one, (C, D)."""
     values = float_tensor(prototypes, dtype, device)
     for bad, what in ((~values.isfinite().all(dim=1), "a non-finite one"), ((values == 0).all(dim=1), "only zeros")):
@@ -169,7 +240,7 @@ def _classes(mask: Tensor) -> str:
     return ("class " if len(indices) == 1 else "classes ") + ", ".join(map(str, indices[:5]))
 
 
-def _thresholds(threshold: float | Sequence[float] | Array, num_classes: int) -> Tensor:
+def class_thresholds(threshold: float | Sequence[float] | Array, num_classes: int) -> Tensor:
     """One threshold per class, (C,)."""
     try:
         values = torch.as_tensor(threshold, dtype=torch.float64)

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synth_refine import InputError, artifact, files
+from synth_refine import InputError, files
 from synth_refine.artifact import Artifact, Damaged, WrongBase, WrongIds, read_artifact, record, write_artifact
 
 
@@ -211,7 +211,7 @@ def test_replacing_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", example(0))
-    with artifact._locked(tmp_path / "a"), pytest.raises(BlockingIOError, match="another process is writing"):
+    with files.locked(tmp_path / "a"), pytest.raises(BlockingIOError, match="another process is writing"):
         write_artifact(tmp_path / "a", example(1))
     assert same(read_artifact(tmp_path / "a"), example(0))
 

@@ -18,7 +18,7 @@ from synth_refine import cli
 from synth_refine.artifact import read_artifact
 from synth_refine.labels import read_labels, read_labels_and_ids, write_labels
 
-COMMANDS = ("refine", "apply", "revert", "diff", "export", "verify", "env")
+COMMANDS = ("refine", "scale", "apply", "revert", "diff", "export", "verify", "env")
 WRITERS = ("refine", "apply", "revert", "export")
 FILES = ("--features", "--logits", "--prototypes", "--given")
 COUNT = 60
@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.default_rng(0)
     truth = np.arange(COUNT) % 3
     np.save(tmp_path / "prototypes.npy", np.eye(3, 8, dtype=np.float32))
+    np.save(tmp_path / "head.npy", 4 * np.eye(3, 8, dtype=np.float32))
     features = np.eye(3, 8)[truth] + 0.05 * random.standard_normal((COUNT, 8))
     np.save(tmp_path / "features.npy", features.astype(np.float16))
     np.save(tmp_path / "logits.npy", (4 * np.eye(3)[truth]).astype(np.float32))

@@ -317,6 +317,16 @@ def test_the_device_of_the_features_is_kept():
     assert on_gpu.labels.tolist() == refine_labels(*values, THRESHOLD).labels.tolist()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_equal_scores_on_a_gpu_are_decided_as_on_the_cpu():
+    prototypes = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])  # classes 1 and 2 are equally good
+    values = [value.cuda() for value in (torch.ones(4, 2), torch.zeros(4, 3), prototypes)]
+    decision = refine_labels(*values, 0.0)
+    assert decision.labels.tolist() == [1, 1, 1, 1]
+    assert decision.apply(torch.tensor([0, 1, 2, 2]).cuda()).tolist() == [1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_every_integer_type_is_a_label_type(dtype):
     decision = refine_labels(*map(torch.from_numpy, arrays()), THRESHOLD)

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from third_party.loop import (
     Measure,
     Progress,
+    batch_loss,
     check_inputs,
     check_lengths,
+    parallel,
+    processes,
     seeded,
     sgd,
     shuffled_batches,
     stepped_rate,
+    summed,
     take_batch,
 )
 from third_party.resnet import Classifier
@@ -119,6 +122,9 @@ def train(
 ) -> Result:
     """Train with cross-entropy and correct the labels after every epoch from `warmup` on.
 
+    Several processes that torchrun started and that have joined a process group share every batch, and each holds the
+    window of its own rows, every n-th one; there is no checkpoint then.
+
     The window holds the predictions of the training pass itself: augmented inputs, batch statistics and dropout,
     weights from before the update.
 
@@ -147,10 +153,15 @@ def train(
     device = inputs.device
     if inputs.ndim == 4:
         model.to(memory_format=torch.channels_last)
+    rank, count = processes()
+    if checkpoint is not None and count > 1:
+        raise ValueError(f"checkpoint: expected None where {count} processes share the window, got {checkpoint}")
+    network = parallel(model, device)
     optimiser = sgd(model, config.lr, config.momentum, config.weight_decay, config.nesterov, device)
     history: list[dict[str, float]] = []
     current, delta = labels.clone(), config.delta
-    window = torch.zeros(config.window, len(inputs), model.head.out_features, device=device)  # (W, N, C)
+    mine = torch.arange(rank, len(inputs), count, device=device)  # the rows of this process, all where there is one
+    window = torch.zeros(config.window, len(mine), model.head.out_features, device=device)  # (W, N, C)
     progress = Progress(checkpoint, "plc", config, seed, inputs, labels)
     if state := progress.load(model, optimiser):
         history, delta = state["history"], state["delta"]
@@ -163,27 +174,32 @@ def train(
         predictions = window[epoch % config.window]  # (N, C)
         with seeded(device, seed, epoch):
             model.train()
-            total, steps = torch.zeros((), device=device), 0
-            for rows in shuffled_batches(len(inputs), config.batch_size, device):
-                batch = take_batch(inputs, rows, config.crop_padding, config.flip)
+            batches = list(shuffled_batches(len(inputs), config.batch_size, device))
+            total = torch.zeros((), device=device)
+            if count > 1:  # the batches are common, the crops and the dropout are each process's own
+                torch.manual_seed((torch.initial_seed() + rank) % 2**63)
+            for rows in batches:
+                own = rows[rows % count == rank]
+                batch = take_batch(inputs, own, config.crop_padding, config.flip)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    logits = model(batch)
+                    logits = network(batch)
                 logits = logits.float()
-                predictions.index_copy_(0, rows, logits.detach().softmax(dim=1))
-                loss = F.cross_entropy(logits, current.index_select(0, rows))
+                predictions.index_copy_(0, own // count, logits.detach().softmax(dim=1))
+                loss = batch_loss(logits, current.index_select(0, own), len(rows))
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+                (loss * count).backward()  # type: ignore[no-untyped-call]  # averaged over processes, that is the sum
                 optimiser.step()
                 total += loss.detach()
-                steps += 1
-            mean_loss = total.item() / steps
+            mean_loss = summed(total).item() / len(batches)
             if not math.isfinite(mean_loss):
                 raise ValueError(
                     f"lr: expected a finite loss, got {mean_loss} in epoch {epoch}; lower lr ({config.lr})"
                 )
             flips, delta_now = 0, delta
             if epoch >= config.warmup:
-                corrected = correct(window.mean(dim=0), current, delta)
+                corrected = torch.zeros_like(current)
+                corrected[mine] = correct(window.mean(dim=0), current[mine], delta)
+                corrected = summed(corrected)
                 flips = int((corrected != current).sum())
                 current, delta = corrected, next_delta(delta, flips, len(inputs), config)
             model.eval()

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from third_party.loop import (
     Measure,
     Progress,
+    batch_loss,
     check_inputs,
     check_lengths,
+    parallel,
+    processes,
     seeded,
     sgd,
     shuffled_batches,
     stepped_rate,
+    summed,
     take_batch,
 )
 from third_party.resnet import Classifier
@@ -105,6 +108,9 @@ def train(
 ) -> Result:
     """Minimise the cross-entropy with SGD.
 
+    Several processes that torchrun started and that have joined a process group share every batch: `batch_size` is that
+    of all together, and each calls this with the same arguments but for the device.
+
     Args:
         model: The network, on the device of `inputs`; trained in place.
         inputs: Pixels, (N, 3, H, W) uint8, or features, (N, D).
@@ -125,6 +131,8 @@ def train(
     device = inputs.device
     if inputs.ndim == 4:
         model.to(memory_format=torch.channels_last)
+    rank, count = processes()
+    network = parallel(model, device)
     optimiser = sgd(model, config.lr, config.momentum, config.weight_decay, config.nesterov, device)
     history: list[dict[str, float]] = []
     best_epoch: int | None = None
@@ -139,17 +147,20 @@ def train(
             model.train()
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
+            if count > 1:  # the batches are common, the crops and the dropout are each process's own
+                torch.manual_seed((torch.initial_seed() + rank) % 2**63)
             for step, rows in enumerate(batches):
                 optimiser.param_groups[0]["lr"] = learning_rate(config, epoch, step, len(batches))
-                batch = take_batch(inputs, rows, config.crop_padding, config.flip)
+                own = rows[rank::count]
+                batch = take_batch(inputs, own, config.crop_padding, config.flip)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    logits = model(batch)
-                loss = F.cross_entropy(logits.float(), labels.index_select(0, rows))
+                    logits = network(batch)
+                loss = batch_loss(logits.float(), labels.index_select(0, own), len(rows))
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+                (loss * count).backward()  # type: ignore[no-untyped-call]  # averaged over processes, that is the sum
                 optimiser.step()
                 total += loss.detach()
-            mean_loss = total.item() / len(batches)
+            mean_loss = summed(total).item() / len(batches)
             if not math.isfinite(mean_loss):
                 raise ValueError(
                     f"lr: expected a finite loss, got {mean_loss} in epoch {epoch}; lower lr ({config.lr})"

@@ -1,0 +1,281 @@
+"""Time and memory of sharded refining: ``speed.py scale`` calls `scale`.
+
+Every figure comes from a process of its own, which this file starts by its path, so that its peak of resident memory
+is its own: python benchmarks/speed_scale.py refine FOLDER THREADS.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from synth_refine._check import float_tensor
+from synth_refine.refine import chunk_rows
+from synth_refine.scale import SHARD_ROWS, cut_shards, make_rule, read_chunks, refine_shards
+
+ROWS = (10_000, 100_000, 1_000_000, 10_000_000)  # at 256 features and 1,000 classes
+CLASSES = (10, 100, 1_000, 10_000)  # at 1,000,000 images of 64 features
+RIVAL_SIZE = (200_000, 256, 1_000)  # cleanlab's: images, features, classes
+BLOCK = 1 << 16
+THRESHOLD = 0.5
+
+
+def make_arrays(folder: Path, rows: int, width: int, num_classes: int, *, logits: bool = False) -> None:
+    """Random float16 features, given labels and prototypes; blocks repeat, since time does not depend on values."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    np.save(folder / "prototypes.npy", rng.standard_normal((num_classes, width), dtype=np.float32))
+    np.save(folder / "given.npy", rng.integers(0, num_classes, rows))
+    block = rng.standard_normal((min(rows, BLOCK), width), dtype=np.float32)
+    _save_repeated(folder / "features.npy", block.astype(np.float16), rows)
+    if logits:
+        scores = 3 * rng.standard_normal((min(rows, BLOCK // 8), num_classes), dtype=np.float32)
+        _save_repeated(folder / "logits.npy", scores, rows)
+        _save_repeated(folder / "probabilities.npy", torch.from_numpy(scores).softmax(dim=1).numpy(), rows)
+
+
+def _save_repeated(path: Path, block: Any, rows: int) -> None:
+    with open(path, "wb") as file:
+        about = {"descr": block.dtype.str, "fortran_order": False, "shape": (rows, block.shape[1])}
+        np.lib.format.write_array_header_1_0(file, about)
+        for start in range(0, rows, len(block)):
+            file.write(block[: rows - start].tobytes())
+
+
+def refine(folder: Path) -> dict[str, float]:
+    """One run over all shards, and the bare matrix product over the same chunks, half of it before and half after."""
+    prototypes = np.load(folder / "prototypes.npy", allow_pickle=False)
+    shards = cut_shards(folder / "features.npy", folder / "given.npy", None, SHARD_ROWS)
+    directions = torch.from_numpy(make_rule(prototypes, THRESHOLD, None, None, False).directions)
+    step = chunk_rows(len(prototypes), prototypes.shape[1])
+
+    def product(part: slice) -> float:
+        start = time.perf_counter()
+        for shard in shards[part]:
+            for values in read_chunks("features", shard.features, step, len(directions)):
+                _ = float_tensor(values, torch.float32, torch.device("cpu")) @ directions
+        return time.perf_counter() - start
+
+    bare = product(slice(0, None, 2))
+    start = time.perf_counter()
+    refine_shards(folder / "features.npy", folder / "given.npy", prototypes, THRESHOLD, folder / "out")
+    taken = time.perf_counter() - start
+    bare += product(slice(1, None, 2))
+    return {"seconds": taken, "bare_seconds": bare, "shards": len(shards)}
+
+
+def resume(folder: Path) -> dict[str, float]:
+    """Started again with all shards done, and with one of them lost."""
+    prototypes = np.load(folder / "prototypes.npy", allow_pickle=False)
+
+    def again() -> float:
+        start = time.perf_counter()
+        refine_shards(folder / "features.npy", folder / "given.npy", prototypes, THRESHOLD, folder / "out")
+        return time.perf_counter() - start
+
+    nothing_to_do = again()
+    (folder / "out" / "shards" / "part-000000.parquet").unlink()
+    return {"seconds": nothing_to_do, "one_lost_seconds": again()}
+
+
+def on_ray(folder: Path) -> dict[str, float]:
+    """The same shards by the plain loop and by Ray Data on this machine, the first time and once its workers are up."""
+    import ray
+
+    prototypes = np.load(folder / "prototypes.npy", allow_pickle=False)
+    times = []
+    for number, engine in enumerate(("local", "ray", "ray")):
+        start = time.perf_counter()
+        refine_shards(
+            folder / "features.npy", folder / "given.npy", prototypes, THRESHOLD, folder / f"ray-{number}",
+            shard_rows=SHARD_ROWS // 8, engine=engine,
+        )  # fmt: skip
+        times.append(time.perf_counter() - start)
+    ray.shutdown()
+    return dict(zip(("seconds", "ray_seconds_with_start", "ray_seconds"), times, strict=True))
+
+
+def ours(folder: Path) -> dict[str, float]:
+    """The paper's rule on the logits and the features."""
+    prototypes = np.load(folder / "prototypes.npy", allow_pickle=False)
+    paths = (folder / "features.npy", folder / "given.npy")
+    start = time.perf_counter()
+    refine_shards(*paths, prototypes, THRESHOLD, folder / "ours", logits=folder / "logits.npy")
+    return {"seconds": time.perf_counter() - start}
+
+
+def cleanlab_whole(folder: Path) -> dict[str, float]:
+    """cleanlab's find_label_issues on the probabilities of the same logits."""
+    from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
+
+    labels = np.load(folder / "given.npy", allow_pickle=False)
+    start = time.perf_counter()
+    probabilities = np.load(folder / "probabilities.npy", allow_pickle=False)
+    find_label_issues(labels, probabilities, n_jobs=1)
+    return {"seconds": time.perf_counter() - start}
+
+
+def cleanlab_batched(folder: Path) -> dict[str, float]:
+    """cleanlab's find_label_issues_batched on the same files."""
+    from cleanlab.experimental.label_issues_batched import find_label_issues_batched  # type: ignore[import-untyped]
+
+    start = time.perf_counter()
+    find_label_issues_batched(
+        labels_file=str(folder / "given.npy"), pred_probs_file=str(folder / "probabilities.npy"), verbose=False
+    )
+    return {"seconds": time.perf_counter() - start}
+
+
+MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
+    one.__name__: one for one in (refine, resume, on_ray, ours, cleanlab_whole, cleanlab_batched)
+}
+
+
+def measured(name: str, folder: Path, threads: int) -> dict[str, float]:
+    """What a measure says in a process of its own, and that process's peak of resident memory."""
+    command = [sys.executable, str(Path(__file__).resolve()), name, str(folder.resolve()), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}: expected figures, got exit code {done.returncode}: {done.stderr[-2000:]}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def peak_megabytes() -> float:
+    """The most memory of this process that was resident at once (Linux); what its parent held does not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
+
+
+def scale(scratch: Path, largest: int = ROWS[-1], threads: int = 1) -> dict[str, list[dict[str, Any]]]:
+    """All tables of sharded refining, by the name of the benchmark.
+
+    Args:
+        scratch: Folder for the arrays, 6 GB at ten million rows; emptied again.
+        largest: Most rows to try.
+        threads: For torch.
+    """
+    sizes = [(rows, 256, 1_000) for rows in ROWS if rows <= largest]
+    sizes += [(min(1_000_000, largest), 64, classes) for classes in CLASSES]
+    tables: dict[str, list[dict[str, Any]]] = {"scale": [], "scale_resume": [], "scale_ray": [], "scale_rivals": []}
+    for rows, width, classes in sizes:
+        folder = scratch / f"{rows}-{width}-{classes}"
+        make_arrays(folder, rows, width, classes)
+        figures = measured("refine", folder, threads)
+        about = {"images": rows, "features": width, "classes": classes}
+        tables["scale"].append(
+            {
+                **about,
+                "seconds": figures["seconds"],
+                "images_per_second": round(rows / figures["seconds"]),
+                "shards_per_second": figures["shards"] / figures["seconds"],
+                "share_of_matmul_speed": figures["bare_seconds"] / figures["seconds"],
+                "peak_megabytes": round(figures["peak_megabytes"]),
+                **_growth(tables["scale"], about, figures),
+            }
+        )
+        if (rows, width) == sizes[-1][:2] and classes == 1_000:
+            again = measured("resume", folder, threads)
+            tables["scale_resume"].append(
+                {
+                    **about,
+                    "shards": int(figures["shards"]),
+                    "seconds": figures["seconds"],
+                    "again_all_done_seconds": again["seconds"],
+                    "again_one_lost_seconds": again["one_lost_seconds"],
+                }
+            )
+            ray = measured("on_ray", folder, threads)
+            tables["scale_ray"].append(
+                {
+                    **about,
+                    "shards": math.ceil(rows / (SHARD_ROWS // 8)),
+                    "loop_seconds": ray["seconds"],
+                    "ray_seconds": ray["ray_seconds"],
+                    "ray_seconds_with_its_start": ray["ray_seconds_with_start"],
+                }
+            )
+        shutil.rmtree(folder)
+    rows, width, classes = RIVAL_SIZE
+    rows = min(rows, largest)
+    folder = scratch / "rivals"
+    make_arrays(folder, rows, width, classes, logits=True)
+    own = measured("ours", folder, threads)
+    for method, name in (
+        ("refine_shards", "ours"),
+        ("cleanlab find_label_issues", "cleanlab_whole"),
+        ("cleanlab find_label_issues_batched", "cleanlab_batched"),
+    ):
+        figures = own if name == "ours" else measured(name, folder, threads)
+        tables["scale_rivals"].append(
+            {
+                "method": method,
+                "images": rows,
+                "classes": classes,
+                "seconds": figures["seconds"],
+                "peak_megabytes": round(figures["peak_megabytes"]),
+                "times_our_seconds": figures["seconds"] / own["seconds"],
+                "times_our_memory": figures["peak_megabytes"] / own["peak_megabytes"],
+            }
+        )
+    shutil.rmtree(folder)
+    return tables
+
+
+def _growth(before: list[dict[str, Any]], about: dict[str, int], figures: dict[str, float]) -> dict[str, float | str]:
+    """How time grows with what differs from the row before: 1.00 is proportional, 0.00 is not at all."""
+    if not before:
+        return {"growth": ""}
+    changed = [name for name in about if about[name] != before[-1][name]]
+    if len(changed) != 1:
+        return {"growth": ""}
+    [name] = changed
+    slope = math.log(figures["seconds"] / before[-1]["seconds"]) / math.log(about[name] / before[-1][name])
+    return {"growth": f"{slope:.2f} in {name}"}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory against images and against classes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for panel, name, width in zip(panels, ("images", "classes"), (256, 64), strict=True):
+        shown = [row for row in rows if row["features"] == width]
+        values = [row[name] for row in shown]
+        panel.loglog(values, [row["seconds"] for row in shown], "o-", label="seconds")
+        panel.loglog(values, [row["peak_megabytes"] for row in shown], "s--", label="peak memory, MB")
+        fixed = "classes" if name == "images" else "images"
+        panel.set(xlabel=f"{name} ({shown[0][fixed]:,} {fixed}, {width} features)")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    name, place, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    pq.write_table(
+        pa.table({"row": np.zeros(1)}), io.BytesIO()
+    )  # its first use imports, which takes seconds and is none of what is measured
+    figures = MEASURES[name](Path(place))
+    print(json.dumps({**figures, "peak_megabytes": peak_megabytes()}))

@@ -1,0 +1,574 @@
+"""The paper's rule over shards: millions of images with the memory of one shard, resumable, on one machine or many.
+
+Features are .npy files (mapped into memory, float16 to float64) or Parquet files with a column `features`. Every piece
+of at most `SHARD_ROWS` rows becomes one Parquet file, written whole or not at all and then listed in manifest.jsonl
+with its hash. A run that was killed goes on where it was: what is listed and undamaged is kept.
+
+Letters in shapes: N images, D features, C classes, K classes reported per image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from synth_refine._check import Array, InputError, check_array, check_floating, check_labels, float_tensor
+from synth_refine.artifact import versions
+from synth_refine.files import file_hash, locked, read_npy, write_atomic
+from synth_refine.refine import Refinement, chunk_rows, class_thresholds, prototype_directions, score_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1
+SHARD_ROWS = 1 << 18
+"""Rows of a .npy file per shard: 134 MB of 256 float16 features, a few seconds of work."""
+
+TOP = 5
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one input file.
+
+    Attributes:
+        path: A .npy or Parquet file.
+        start: Its first row.
+        stop: The row behind its last one.
+    """
+
+    path: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one output file is made from; `first` is the number of its first row among all rows."""
+
+    number: int
+    first: int
+    features: Piece
+    given: Piece
+    logits: Piece | None
+
+    @property
+    def name(self) -> str:
+        """The output file."""
+        return f"part-{self.number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The paper's rule ready to be applied to any shard, on any machine.
+
+    Attributes:
+        directions: Prototypes of length one times `weight`, (D, C) float32.
+        thresholds: Smallest score at which a label is replaced, (C,).
+        weight: Weight of the cosine.
+        head: Linear classifier on the features, (C, D), or (C, D + 1) with the bias as the last column.
+    """
+
+    directions: NDArray[np.float32]
+    thresholds: NDArray[np.float64]
+    weight: float
+    head: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run over shards left behind.
+
+    Attributes:
+        rows: Images, N.
+        changed: Labels that were replaced.
+        skipped: Images that could not be scored and kept their label.
+        shards: Output files.
+        reused: Those of them that an earlier run had finished.
+    """
+
+    rows: int
+    changed: int
+    skipped: int
+    shards: int
+    reused: int
+
+
+def refine_shards(
+    features: str | os.PathLike[str],
+    given: str | os.PathLike[str],
+    prototypes: Array,
+    threshold: float | Sequence[float] | Array,
+    out: str | os.PathLike[str],
+    *,
+    logits: str | os.PathLike[str] | None = None,
+    head: Array | None = None,
+    weight: float | None = None,
+    shard_rows: int = SHARD_ROWS,
+    engine: str = "local",
+    address: str | None = None,
+    progress: bool = False,
+) -> Summary:
+    """Refine the labels of any number of images, one shard at a time.
+
+    The scores are those of `refine_labels`, in float32. Its classifier comes in one of three ways: as `logits` on disk;
+    as a linear `head` whose logits are computed chunk by chunk and stored nowhere (ten million times a thousand of
+    them would be 40 GB); or not at all, and the score is then the cosine alone.
+
+    Args:
+        features: A .npy file of (N, D) floats, or a folder of .npy or of Parquet files, taken in the order of their
+            names; a Parquet file has the features in the column `features`, a list per row.
+        given: Given labels of the same images in the same order: a .npy file of (N,) integers, or a folder with as many
+            files and rows as that of the features; in Parquet the column `given`.
+        prototypes: Mean feature of each class's synthetic images, (C, D).
+        threshold: Smallest score at which a label is replaced, one number or one per class, (C,).
+        out: Folder of the result: shards/part-*.parquet with the columns `row`, `given`, `refined`, `confidence` and,
+            best first, `classes` and `scores` of the five best classes (-1 and NaN where the image could not be
+            scored); manifest.jsonl; config.json; and, once all is done, labels.npy, (N,) int64.
+        logits: Classifier outputs, (N, C), stored as the features are; in Parquet the column `logits`.
+        head: Weights of a linear classifier on the features, (C, D), or (C, D + 1) with the bias in the last column.
+        weight: Weight of the cosine, in [0, 1]; by default 0.5 with a classifier and 1 without.
+        shard_rows: Most rows of a .npy file that make a shard; a Parquet file is one shard.
+        engine: `local`, this process; or `ray`, a Ray Data cluster whose nodes see the same folders.
+        address: Of the Ray cluster; by default the one that RAY_ADDRESS names, or a new local one.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Counts over all shards, those of earlier runs included.
+
+    Raises:
+        InputError: An input has the wrong kind, type, shape or range, or `out` holds the result of another
+            configuration or of inputs that have changed since.
+        BlockingIOError: Another process is writing to `out`.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
+    if shard_rows < 1:
+        raise InputError(f"shard_rows: expected at least 1, got {shard_rows}")
+    rule = make_rule(prototypes, threshold, head, weight, logits is not None)
+    shards = cut_shards(features, given, logits, shard_rows)
+    _check_width(shards[0], rule)
+    root = Path(out)
+    (root / "shards").mkdir(parents=True, exist_ok=True)
+    config = _config(rule, shards)
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    with locked(root):
+        _settle_config(root, config)
+        done = _verified(root, shards, config_hash)
+        todo = [shard for shard in shards if shard.number not in done]
+        reused = len(done)
+        work = _Work(rule, str(root / "shards"))
+        results = _here(work, todo) if engine == "local" else _on_ray(work, todo, address)
+        with open(root / "manifest.jsonl", "ab") as manifest:
+            bar = tqdm(results, "shards", total=len(shards), initial=reused, disable=not progress)
+            for line in bar:
+                done[line["shard"]] = line
+                manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
+                manifest.flush()
+                os.fsync(manifest.fileno())
+        if missing := [shard.name for shard in shards if shard.number not in done]:
+            raise RuntimeError(f"engine: expected every shard back, {missing[0]} did not come")
+        _write_labels(root, shards)
+    rows, changed, skipped = (sum(line[name] for line in done.values()) for name in ("rows", "changed", "skipped"))
+    return Summary(rows, changed, skipped, len(shards), reused)
+
+
+def _on_ray(work: _Work, todo: list[Shard], address: str | None) -> Iterator[dict[str, Any]]:
+    """The work on a Ray cluster, a task per shard; retries and backpressure are Ray Data's.
+
+    A task that is repeated, because its worker or its node died, writes the same file again, whole or not at all.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("engine: ray is not installed; install it with `pip install 'synth-refine[ray]'`") from error
+    if not todo:
+        return
+    if not ray.is_initialized():
+        ray.init(address=address)
+    by_number = {shard.number: shard for shard in todo}
+    numbers = ray.data.from_items([{"shard": number} for number in by_number], override_num_blocks=len(todo))
+    numbers.context.enable_progress_bars = False  # the manifest's own shows what is done
+
+    def attempt(row: dict[str, int]) -> dict[str, str]:
+        try:
+            return {"line": json.dumps(work(by_number[row["shard"]])), "error": ""}
+        except InputError as error:  # as a value: Ray would wrap an exception, and no attempt can mend an input
+            return {"line": "", "error": str(error)}
+
+    for row in numbers.map(attempt, num_cpus=1).iter_rows():
+        if row["error"]:
+            raise InputError(row["error"])
+        yield json.loads(row["line"])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done to one shard, wherever: score it, write it, and say what was written."""
+
+    rule: Rule
+    folder: str
+
+    def __call__(self, shard: Shard) -> dict[str, Any]:
+        return self.write(shard, *refine_shard(self.rule, shard))
+
+    def write(self, shard: Shard, table: pa.Table, skipped: int) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
+        data = io.BytesIO()
+        # Scores hardly repeat: a dictionary of them costs time and space.
+        pq.write_table(table, data, use_dictionary=["given", "refined"])
+        with write_atomic(Path(self.folder, shard.name)) as file:
+            file.write(data.getbuffer())
+        return {
+            "shard": shard.number,
+            "rows": shard.features.rows,
+            "sha256": hashlib.sha256(data.getbuffer()).hexdigest(),
+            "changed": int((table["given"].to_numpy() != table["refined"].to_numpy()).sum()),
+            "skipped": skipped,
+        }
+
+
+def _here(work: _Work, todo: list[Shard]) -> Iterator[dict[str, Any]]:
+    """The work in this process; a shard is written while the next one is scored."""
+    with ThreadPoolExecutor(1) as writer:
+        before = None
+        for shard in todo:
+            line = writer.submit(work.write, shard, *refine_shard(work.rule, shard))
+            if before is not None:
+                yield before.result()
+            before = line
+        if before is not None:
+            yield before.result()
+
+
+def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
+    """The table of one shard, and how many of its images could not be scored."""
+    import pyarrow as pa
+
+    cpu, num_classes = torch.device("cpu"), rule.directions.shape[1]
+    parts = list(read_chunks("given", shard.given, SHARD_ROWS))
+    for part in parts:
+        check_labels(f"given in {shard.given.path}", part, num_classes)
+    given = np.concatenate(parts).astype(np.int64)
+    # Copies: what comes through Ray's object store is read-only.
+    directions, limits = (float_tensor(values, torch.float32, cpu) for values in (rule.directions, rule.thresholds))
+    head = None if rule.head is None else float_tensor(rule.head, torch.float32, cpu).T  # (D, C) or (D + 1, C)
+    step, top = chunk_rows(num_classes, len(directions)), min(TOP, num_classes)
+    outputs = None if shard.logits is None else read_chunks("logits", shard.logits, step, num_classes)
+    classes = np.empty((shard.features.rows, top), dtype=np.int32)
+    scores = np.empty((shard.features.rows, top), dtype=np.float32)
+    ties, start = [np.empty((0, 2), dtype=np.int64)], 0
+    with torch.no_grad():
+        for values in read_chunks("features", shard.features, step, directions.shape[0]):
+            chunk, logits = float_tensor(values, torch.float32, cpu), None
+            if head is not None:
+                logits = chunk @ head[: chunk.shape[1]]
+                logits = logits.add_(head[-1]) if len(head) > chunk.shape[1] else logits
+            elif outputs is not None:
+                logits = float_tensor(next(outputs), torch.float32, cpu)
+            scored = score_rows(chunk, logits, directions, rule.weight, top)
+            rows = slice(start, start + len(chunk))
+            classes[rows], scores[rows] = scored.classes.numpy(), scored.values.numpy()
+            ties.append(scored.ties.numpy() + np.array([start, 0]))
+            start += len(chunk)
+    best, confidence = classes[:, 0].astype(np.int64), scores[:, 0]
+    accepted = (best >= 0) & (confidence >= limits.numpy()[best])
+    refined = Refinement(best, confidence, accepted, np.concatenate(ties)).apply(given)
+    columns = {
+        "row": np.arange(shard.first, shard.first + len(given)),
+        "given": given.astype(np.int32),
+        "refined": refined.astype(np.int32),
+        "confidence": confidence,
+        "classes": pa.FixedSizeListArray.from_arrays(classes.reshape(-1), top),
+        "scores": pa.FixedSizeListArray.from_arrays(scores.reshape(-1), top),
+    }
+    return pa.table(columns), int((best < 0).sum())
+
+
+def make_rule(
+    prototypes: Array,
+    threshold: float | Sequence[float] | Array,
+    head: Array | None,
+    weight: float | None,
+    with_logits: bool,
+) -> Rule:
+    """The rule, after checking all that needs no shard."""
+    check_array("prototypes", prototypes, ("C", "D"))
+    check_floating("prototypes", prototypes)
+    num_classes, width = prototypes.shape
+    if num_classes == 0 or width == 0:
+        raise InputError(f"prototypes: expected at least one class and one feature, got {tuple(prototypes.shape)}")
+    classified = with_logits or head is not None
+    if head is not None:
+        if with_logits:
+            raise InputError("head: expected None beside logits, got both; one classifier is enough")
+        check_array("head", head, (num_classes, "D"))
+        check_floating("head", head)
+        if head.shape[1] not in (width, width + 1):
+            raise InputError(
+                f"head: expected shape ({num_classes}, {width}) or ({num_classes}, {width + 1}), "
+                f"got {tuple(head.shape)}"
+            )
+    weight = (0.5 if classified else 1.0) if weight is None else weight
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
+    if weight < 1 and not classified:
+        raise InputError(f"weight: expected 1 without logits or head, got {weight}")
+    cpu = torch.device("cpu")
+    directions = prototype_directions(prototypes, torch.float32, cpu).T * weight
+    return Rule(
+        directions.contiguous().numpy(),
+        class_thresholds(threshold, num_classes).numpy().copy(),
+        weight,
+        None if head is None else float_tensor(head, torch.float32, cpu).numpy(),
+    )
+
+
+def cut_shards(
+    features: str | os.PathLike[str],
+    given: str | os.PathLike[str],
+    logits: str | os.PathLike[str] | None,
+    shard_rows: int,
+) -> list[Shard]:
+    """The inputs cut into shards whose rows belong together."""
+    parts = _pieces("features", features, shard_rows)
+    layout = [piece.rows for piece in parts]
+    first = np.cumsum([0, *layout])
+    labels = _aligned("given", given, layout, shard_rows)
+    outputs = None if logits is None else _aligned("logits", logits, layout, shard_rows)
+    if not parts:
+        raise InputError(f"features: expected at least one row, got none in {features}")
+    return [
+        Shard(number, int(first[number]), piece, labels[number], None if outputs is None else outputs[number])
+        for number, piece in enumerate(parts)
+    ]
+
+
+def _pieces(name: str, source: str | os.PathLike[str], shard_rows: int) -> list[Piece]:
+    """The files of an input, the .npy ones cut; files without rows are left out."""
+    pieces = []
+    for path in _files(name, source):
+        rows = _rows(name, path)
+        step = shard_rows if path.endswith(".npy") else max(rows, 1)
+        pieces += [Piece(path, start, min(start + step, rows)) for start in range(0, rows, step)]
+    return pieces
+
+
+def _files(name: str, source: str | os.PathLike[str]) -> list[str]:
+    path = Path(source)
+    if not path.is_dir():
+        return [str(path)]
+    for suffix in (".npy", ".parquet"):
+        if files := sorted(path.glob(f"*{suffix}")):
+            return [str(file) for file in files]
+    raise InputError(f"{name}: expected .npy or .parquet files in the folder {path}, got none")
+
+
+def _rows(name: str, path: str) -> int:
+    if path.endswith(".parquet"):
+        return int(_parquet(name, path).metadata.num_rows)
+    kinds, shape = ("iu", ("N",)) if name == "given" else ("f", ("N", "D"))
+    values = read_npy(name, path, kinds)
+    check_array(name, values, shape)
+    return len(values)
+
+
+def _parquet(name: str, path: str) -> Any:
+    """An open Parquet file that has the column `name`."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError(
+            f"{name}: Parquet needs pyarrow; install it with `pip install 'synth-refine[parquet]'`"
+        ) from error
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{name}: {path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
+    if name not in file.schema_arrow.names:
+        raise InputError(f"{name}: expected the column {name} in {path}, got {', '.join(file.schema_arrow.names)}")
+    return file
+
+
+def _aligned(name: str, source: str | os.PathLike[str], layout: list[int], shard_rows: int) -> list[Piece]:
+    """The pieces of an input with the rows of the features: one .npy file for all, or a file for each of theirs."""
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".parquet":
+        pieces = _pieces(name, source, shard_rows)
+        if (found := [piece.rows for piece in pieces]) != layout:
+            raise InputError(
+                f"{name}: expected files with the rows of the features' {_shown(layout)}, got {_shown(found)} in {path}"
+            )
+        return pieces
+    ends = np.cumsum([0, *layout]).tolist()
+    if (rows := _rows(name, str(path))) != ends[-1]:
+        raise InputError(f"{name}: expected {ends[-1]} rows like the features, got {rows} in {path}")
+    return [Piece(str(path), start, stop) for start, stop in pairwise(ends)]
+
+
+def _shown(layout: list[int]) -> str:
+    return f"[{', '.join(map(str, layout[:4]))}{', ...' if len(layout) > 4 else ''}]"
+
+
+def read_chunks(name: str, piece: Piece, step: int, width: int | None = None) -> Iterator[NDArray[Any]]:
+    """The rows of a piece, `step` at a time: (n, width), or (n,) without a width.
+
+    Every chunk of a .npy file is a map of its own, so that the pages of the one before no longer count as resident.
+    """
+    shape: tuple[int | str, ...] = ("n",) if width is None else ("n", width)
+    if not piece.path.endswith(".parquet"):
+        for start in range(piece.start, piece.stop, step):
+            mapped = read_npy(name, piece.path, "iu" if width is None else "f")[start : min(start + step, piece.stop)]
+            check_array(f"{name} in {piece.path}", mapped, shape)
+            yield mapped
+        return
+    rest: NDArray[Any] | None = None
+    for batch in _parquet(name, piece.path).iter_batches(batch_size=step, columns=[name]):
+        column = batch.column(0)
+        if column.null_count:
+            raise InputError(f"{name}: expected a value in every row of {piece.path}, got {column.null_count} nulls")
+        values = column.to_numpy(zero_copy_only=False) if width is None else _matrix(name, piece.path, column)
+        check_array(f"{name} in {piece.path}", values, shape)
+        rest = values if rest is None else np.concatenate([rest, values])
+        while len(rest) >= step:  # batches end with row groups too, and features and logits may differ in these
+            yield rest[:step]
+            rest = rest[step:]
+    if rest is not None and len(rest):
+        yield rest
+
+
+def _matrix(name: str, path: str, column: Any) -> NDArray[Any]:
+    """A column of lists as (n, D)."""
+    import pyarrow.compute as pc
+    import pyarrow.types as pt
+
+    kind = column.type
+    if not (pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)):
+        raise InputError(f"{name}: expected a list of numbers per row of {path}, got {kind}")
+    lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+    flat = column.flatten()
+    if len(lengths) != 1 or flat.null_count or not pt.is_floating(kind.value_type):
+        raise InputError(
+            f"{name}: expected lists of one length without nulls in {path}, got {kind} of lengths {lengths[:5]}"
+        )
+    return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(len(column), lengths[0])
+
+
+def _check_width(shard: Shard, rule: Rule) -> None:
+    """Fail before the first shard where no shard could fit."""
+    width, num_classes = rule.directions.shape
+    next(read_chunks("features", shard.features, 1, width))
+    next(read_chunks("given", shard.given, 1))
+    if shard.logits is not None:
+        next(read_chunks("logits", shard.logits, 1, num_classes))
+
+
+def _config(rule: Rule, shards: list[Shard]) -> dict[str, Any]:
+    """All that the result depends on. Files count by name, size and time of change, as for make."""
+    limits = rule.thresholds
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "weight": rule.weight,
+        "threshold": limits[0] if (limits == limits[0]).all() else _digest(limits.tobytes()),
+        "prototypes": _digest(rule.directions.tobytes()),
+        "head": None if rule.head is None else _digest(rule.head.tobytes()),
+    }
+    for name in ("features", "given", "logits"):
+        pieces = [getattr(shard, name) for shard in shards]
+        files = {piece.path: os.stat(piece.path) for piece in pieces if piece is not None}
+        about = [(Path(path).name, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]
+        cuts = [None if piece is None else (piece.start, piece.stop) for piece in pieces]
+        config[name] = _digest(json.dumps([about, cuts]).encode())
+    return config
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _settle_config(root: Path, config: dict[str, Any]) -> None:
+    """Write down the configuration, or make sure that it is the one of the shards that are there."""
+    path = root / "config.json"
+    if not path.exists():
+        if others := [one.name for one in (*root.iterdir(), *(root / "shards").iterdir()) if _is_foreign(one.name)]:
+            raise InputError(f"out: expected a new or empty folder, but {root} holds {others[0]}")
+        with write_atomic(path) as file:
+            file.write(json.dumps({"config": config, "versions": versions()}, indent=1).encode() + b"\n")
+        return
+    try:
+        there = dict(json.loads(path.read_bytes())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"out: {path} is damaged; delete the folder to start afresh") from error
+    for name in {**config, **there}:  # the weight first: the prototypes are scaled by it
+        if there.get(name) != config.get(name):
+            raise InputError(
+                f"{name}: expected what the shards in {root} were made from ({_brief(there.get(name))}), "
+                f"got {_brief(config.get(name))}; choose another folder, or delete that one to start afresh"
+            )
+
+
+def _is_foreign(name: str) -> bool:
+    return name != "shards" and not name.startswith(".")
+
+
+def _brief(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, dict[str, Any]]:
+    """The lines of the manifest whose files are as they were written; the manifest is left with these alone."""
+    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
+        for leftover in root.glob(name):
+            leftover.unlink()
+    path = root / "manifest.jsonl"
+    lines: dict[int, dict[str, Any]] = {}
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            line = json.loads(text)
+            if line.pop("config") == config_hash:
+                lines[line["shard"]] = {**line, "rows": int(line["rows"])}
+        except (ValueError, KeyError, TypeError, AttributeError):  # torn by a crash, or damaged: done again
+            continue
+    done = {}
+    for shard in shards:
+        line, file = lines.get(shard.number), root / "shards" / shard.name
+        if line is not None and file.is_file() and file_hash(file) == line.get("sha256"):
+            done[shard.number] = line
+    with write_atomic(path) as manifest:
+        for line in done.values():
+            manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
+    return done
+
+
+def _write_labels(root: Path, shards: list[Shard]) -> None:
+    """The refined labels of all shards as one .npy file, streamed."""
+    import pyarrow.parquet as pq
+
+    count = sum(shard.features.rows for shard in shards)
+    with write_atomic(root / "labels.npy") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
+        for shard in shards:
+            table = pq.read_table(root / "shards" / shard.name, columns=["refined"])
+            file.write(table["refined"].to_numpy().astype("<i8").tobytes())
