@@ -81,6 +81,7 @@ class Posterior:
         skipped: Whether an image could not be scored (a non-finite feature), (N,) bool. Its posterior is all on its
             given label.
         anchor_head: What heads of the same kind say of anchors that they were not trained on, (M, C) float32.
+        recognised: The fraction of the anchors that they name rightly.
     """
 
     posterior: Array
@@ -91,6 +92,7 @@ class Posterior:
     history: list[dict[str, float]] = field(repr=False)
     skipped: Array = field(repr=False)
     anchor_head: Array = field(repr=False)
+    recognised: float
 
 
 def anchored_posterior(
@@ -285,7 +287,8 @@ def _rounds(
         _, anchor_head = fit(targets=belief, seed=seed * 1000 + rounds, epochs=epochs, fold_anchors=True)
     noise_before = 1 - float(posterior.gather(1, given[:, None]).mean())
     noise_after = 1 - float(posterior.max(dim=1).values.mean())
-    return Posterior(posterior, transition, head, noise_before, noise_after, history, skipped, anchor_head)
+    recognised = float((anchor_head.argmax(dim=1) == anchor_labels).float().mean())
+    return Posterior(posterior, transition, head, noise_before, noise_after, history, skipped, anchor_head, recognised)
 
 
 def _chosen_epochs(fit: Callable[..., tuple[Tensor, Tensor]], belief: Tensor, given: Tensor, seed: int) -> int:

@@ -379,7 +379,6 @@ def _anchored(
         limits = calibrate_thresholds(posterior.anchor_head, anchor_labels)
     decision = decide(posterior, given, thresholds=limits)
     best = np.sort(np.asarray(posterior.posterior), axis=1)
-    known = float((np.asarray(posterior.anchor_head).argmax(axis=1) == anchor_labels).mean())
     decided = {
         "labels": decision.apply(given),
         "abstained": np.asarray(decision.answers) == Answer.ABSTAIN,
@@ -388,7 +387,7 @@ def _anchored(
         "reason": np.array(REASONS)[np.asarray(decision.reasons)],
     }
     notes = {
-        "held-out synthetic images recognised": f"{known:.3f}",
+        "held-out synthetic images recognised": f"{posterior.recognised:.3f}",
         "wrong labels before (estimated)": f"{decision.noise_before:.3f}",
         "wrong labels after (estimated)": f"{decision.noise_after:.3f}",
         "decision": decision.summary(),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from synth_refine import InputError
-from synth_refine.anchored import Posterior
+from synth_refine.anchored import Posterior, anchored_posterior
 from synth_refine.decide import (
     REASONS,
     Answer,
@@ -21,7 +21,7 @@ from synth_refine.decide import (
 )
 
 
-def posterior(rows, noise_before=0.5, head=None, skipped=None):
+def posterior(rows, noise_before=0.5, head=None, skipped=None, recognised=1.0):
     values = np.array(rows, dtype=np.float32)
     count, classes = values.shape
     return Posterior(
@@ -33,6 +33,7 @@ def posterior(rows, noise_before=0.5, head=None, skipped=None):
         history=[],
         skipped=np.zeros(count, dtype=bool) if skipped is None else np.array(skipped),
         anchor_head=np.eye(classes, dtype=np.float32),
+        recognised=recognised,
     )
 
 
@@ -94,6 +95,23 @@ def test_a_change_set_that_helps_is_made():
     assert not decision.harmful
     assert decision.gain > 0
     assert np.array_equal(decision.apply(given), true)
+
+
+def test_features_that_do_not_tell_the_classes_apart_change_nothing():
+    """Unrelated noise as features: the anchors are not recognised, so nothing they say of real images counts."""
+    rng = np.random.default_rng(0)
+    given = rng.integers(0, 5, 500)
+    labels = np.repeat(np.arange(5), 20)
+    features, anchors = (rng.normal(size=(count, 16)).astype(np.float32) for count in (500, 100))
+    blind = anchored_posterior(features, given, anchors, labels, rounds=2)
+    assert blind.recognised < 0.5
+    assert np.array_equal(decide(blind, given).apply(given), given)
+    rows, before = [[0.1, 0.9]] * 10, np.zeros(10, dtype=np.int64)
+    assert decide(posterior(rows, recognised=0.5), before).apply(before).all()
+    kept = decide(posterior(rows, recognised=0.49), before)
+    assert kept.harmful
+    assert not kept.apply(before).any()
+    assert decide(posterior(rows, recognised=0.49), before, force=True).apply(before).all()
 
 
 def test_torch_gives_torch():
