@@ -38,9 +38,9 @@ Chosen on ten CIFAR-10 label files by comparison with the true gain: at 0.6 the 
 5 % uniform noise, at 0.8 it lets one through that breaks 0.1 % of clean labels.
 """
 RECOGNISED = 0.5
-"""Fraction of held-out synthetic images that heads must name rightly, or labels are left alone: such features do not
-tell the classes apart, and the posterior rests on little else. CIFAR-10 through a CLIP that knows letters alone has .41,
-and there 35 % wrong labels would become 60 %; through an ImageNet network it has .86 to .90.
+"""Fraction of held-out synthetic images that heads must name rightly, or labels are left alone: features that do not
+tell the classes apart say nothing worth a change. CIFAR-10 through a CLIP that knows letters alone has .41, and there
+35 % wrong labels would become 60 %; through ImageNet networks it has .86 to .90.
 """
 PERMUTATIONS = 200
 INDEPENDENT = 4.0
