@@ -129,8 +129,8 @@ def speed_table(records: Sequence[Record]) -> str:
 
 
 def _figure(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, bool | str):
+        return {True: "yes", False: "no"}.get(value, str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
