@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/from_folder"), help="(%(default)s)")
     options = parser.parse_args(arguments)
-    root: Path = options.out / options.dataset
+    root: Path = options.out / f"{options.dataset}_commands"
     if root.exists():
         shutil.rmtree(root)
     root.mkdir(parents=True)

@@ -16,7 +16,7 @@ from synth_refine.encode import TorchEncoder, timm_encoder
 from synth_refine.images import content_hashes, embed_images, fitted, open_images
 
 MODEL = "resnet18"  # small, at the usual 224 pixels; random weights take as long as trained ones
-COUNT = 512
+COUNT = 128
 SIDES = (500, 375)  # of the JPEG files: ImageNet's usual ones
 
 

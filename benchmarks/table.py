@@ -130,7 +130,7 @@ def speed_table(records: Sequence[Record]) -> str:
 
 def _figure(value: float | str) -> str:
     if isinstance(value, bool | str):
-        return {True: "yes", False: "no"}.get(value, str(value))
+        return value if isinstance(value, str) else "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 

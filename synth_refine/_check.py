@@ -34,6 +34,12 @@ def check_array(name: str, value: object, shape: tuple[int | str, ...]) -> None:
         raise InputError(f"{name}: expected shape {shape_text(shape)}, got {shape_text(actual) if actual else '()'}")
 
 
+def check_folder_name(name: str, value: str) -> None:
+    """Refuse a class name that leads out of the folder that its images go into."""
+    if value in ("", ".", "..") or "/" in value or "\0" in value:
+        raise InputError(f"{name}: expected names that a folder can have, got {value!r}")
+
+
 def check_floating(name: str, value: Array) -> None:
     """Refuse integers, booleans, complex numbers and objects."""
     floating = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"

@@ -63,7 +63,8 @@ REASONS = (
     "another class is more probable, but within the margin",
     "another class is more probable, but below that class's threshold",
     "the image could not be scored",
-    "the change set would not lower the noise",  # or cannot be trusted to
+    "the change set would not lower the noise",
+    "too few synthetic images are recognised to trust the features",
 )
 
 
@@ -127,7 +128,7 @@ class Decision:
         if self.harmful and count[1]:
             return f"{text}; changed on demand, although that would probably not lower the noise"
         if self.harmful:
-            return f"{text}; nothing is changed: the proposed changes would not lower the noise"
+            return f"{text}; nothing is changed: the proposed changes would probably not lower the noise"
         return text
 
 
@@ -187,9 +188,10 @@ def decide(
     reasons[skipped] = 4
     proposed = reasons == 1
     gain = _gain(posterior, labels_given, winner, proposed)
-    harmful = bool(proposed.any()) and (gain <= 0 or posterior.recognised < RECOGNISED)
+    blind = posterior.recognised < RECOGNISED
+    harmful = bool(proposed.any()) and (gain <= 0 or blind)
     if harmful and not force:
-        reasons[proposed] = 5
+        reasons[proposed] = 6 if blind else 5
     changed = reasons == 1
     answers = torch.full_like(winner, int(Answer.ABSTAIN))
     answers[reasons == 0] = int(Answer.KEEP)

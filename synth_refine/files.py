@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import stat
 import struct
 import uuid
@@ -325,6 +326,13 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed calls of `write_atomic` left in a folder of ours and the folders in it."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 @contextmanager

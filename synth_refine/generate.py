@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from synth_refine._check import InputError
-from synth_refine.files import file_hash, write_atomic
+from synth_refine._check import InputError, check_folder_name
+from synth_refine.files import file_hash, remove_unfinished, write_atomic
 
 SDXL_TURBO = "stabilityai/sdxl-turbo"
 TEMPLATES = ("A photo of {category}.",)
@@ -397,8 +397,7 @@ def generate_images(
         if "{category}" not in template:
             raise InputError(f"templates: expected {{category}} where the class goes, got {template!r}")
     for name in categories:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise InputError(f"classes: expected names that a folder can have, got {name!r}")
+        check_folder_name("classes", name)
     jobs = [
         Job(label, index, seed, name, text, templates[index % len(templates)].replace("{category}", text))
         for label, (name, text) in enumerate(categories.items())
@@ -464,24 +463,26 @@ def _begin(root: Path, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
     if place.exists():
         try:
             before = json.loads(place.read_bytes())
+            if not isinstance(before, dict):
+                raise ValueError
         except ValueError as error:
             raise InputError(f"folder: {place} is damaged; take another folder") from error
-        if before != settings:
-            [name, *_] = [key for key in settings if before.get(key) != settings[key]] or ["entries"]
+        if json.dumps(before) != json.dumps(settings):  # as text, since the order of the classes counts
+            differing = [key for key in settings if json.dumps(before.get(key)) != json.dumps(settings[key])]
+            [name, *_] = differing or ["entries"]
             raise InputError(
                 f"folder: expected the settings that {root} was begun with, got another {name}: "
                 f"{json.dumps(settings.get(name))[:80]} for {json.dumps(before.get(name))[:80]}; take another folder"
             )
     ours = {job.file for job in jobs}
     for path in sorted(root.rglob("*")):
-        if path.name.startswith(".") and path.suffix == ".tmp":
-            path.unlink()  # what a killed process was writing
-        elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and (
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and (
             path.relative_to(root).as_posix() not in ours or not place.exists()
         ):
             raise InputError(
                 f"folder: expected images of this set alone in {root}, got {path.name}; take another folder"
             )
+    remove_unfinished(root)
     if not place.exists():
         with write_atomic(place) as file:
             file.write((json.dumps(settings, indent=1) + "\n").encode())

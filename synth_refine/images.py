@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from synth_refine._check import InputError
+from synth_refine._check import InputError, check_folder_name
 from synth_refine.encode import SHARD_ROWS, Encoder, Preprocess, kept_shards
 from synth_refine.files import open_plain, what_is
 from synth_refine.labels import check_unique, read_csv
@@ -530,8 +530,7 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, str]:
     names = [str(name) for name, _ in pairs]
     check_unique(f"classes in {path}", names)
     for name in names:
-        if name in (".", "..") or "/" in name or "\0" in name:
-            raise InputError(f"classes: expected names that a folder can have in {path}, got {name!r}")
+        check_folder_name(f"classes in {path}", name)
     return dict(zip(names, (str(text) for _, text in pairs), strict=True))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -42,7 +43,7 @@ from synth_refine.decide import (
     sweep,
 )
 from synth_refine.encode import Encoder, encoder_by_name
-from synth_refine.files import open_plain, write_atomic
+from synth_refine.files import locked, open_plain, remove_unfinished, write_atomic
 from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, generate_images, generator_by_name
 from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
 from synth_refine.labels import csv_bytes
@@ -51,6 +52,7 @@ from synth_refine.refine import refine_labels
 from synth_refine.report import Review, write_report
 
 HEAD_EPOCHS = 8  # of the head on the given labels, for the paper's rule
+FREE = {"out", "device", "workers"}  # settings that a folder of results may be gone on with otherwise
 NEAREST = 5  # synthetic images shown beside a proposed change
 
 
@@ -157,13 +159,37 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     classes = read_classes(settings.classes) if settings.classes else None
     images = open_images(settings.images, list(classes) if classes else None)
     encoder = encoder_by_name(settings.encoder, settings.weights, device=settings.device)
+    if Path(settings.out).resolve().is_relative_to(Path(settings.images).resolve()):
+        raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
+    if settings.synthetic is not None:
+        open_images(settings.synthetic, images.classes)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.rglob(".*.tmp"):
-        path.unlink()  # what a killed run was writing
-    write(out / "config.yaml", _config(settings))
+    with locked(out):
+        _begin(out, settings)
+        return _run(out, settings, images, classes, encoder)
+
+
+def _begin(out: Path, settings: Settings) -> None:
+    """Make the folder of results ready, or refuse one that holds something else."""
+    place = out / "config.yaml"
+    if place.exists():
+        before, now = read_config(str(place)), yaml.safe_load(_config(settings))
+        for name in now.keys() - FREE:
+            if before.get(name) != now[name]:
+                raise InputError(
+                    f"out: expected the settings that {out} was begun with, got another {name}: {now[name]!r} for "
+                    f"{before.get(name)!r}; take another folder; features/ may be copied into it"
+                )
+    elif other := next((path for path in sorted(out.iterdir()) if not path.name.startswith(".")), None):
+        raise InputError(f"out: expected an empty folder or that of an earlier run, but {out} holds {other.name}")
+    remove_unfinished(out)
+    write(place, _config(settings))
+
+
+def _run(out: Path, settings: Settings, images: Images, classes: Mapping[str, str] | None, encoder: Encoder) -> Summary:
     hashes = content_hashes(images)
     table = {"id": images.ids, "label": [images.classes[label] for label in images.labels], "sha256": hashes}
     write(out / "images.csv", csv_bytes(table))
@@ -284,6 +310,9 @@ def embed(settings: Settings) -> dict[str, Any]:
 
 def _config(settings: Settings) -> bytes:
     entries = asdict(settings) | {"templates": list(settings.templates)}
+    for name in ("images", "classes", "synthetic", "weights"):  # so that the result can be made again from anywhere
+        if entries[name] is not None and Path(entries[name]).exists():
+            entries[name] = str(Path(entries[name]).absolute())
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
 
 
@@ -299,6 +328,14 @@ def _check(settings: Settings) -> None:
     number = isinstance(settings.threshold, int | float) and not isinstance(settings.threshold, bool)
     if not (settings.threshold == "auto" or number):
         raise InputError(f"threshold: expected auto or a number, got {settings.threshold!r}")
+    if number and not math.isfinite(float(settings.threshold)):
+        raise InputError(f"threshold: expected auto or a number, got {settings.threshold!r}")
+    for name in ("per_class", "steps", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name}: expected 1 or more, got {getattr(settings, name)}")
+    for template in settings.templates:
+        if not isinstance(template, str) or "{category}" not in template:
+            raise InputError(f"templates: expected {{category}} where the class goes, got {template!r}")
     if settings.seed < 0 or settings.workers < 0:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,8 @@ def refine_shards(
         raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
     if shard_rows < 1:
         raise InputError(f"shard_rows: expected at least 1, got {shard_rows}")
+    if find_spec("pyarrow") is None:
+        raise InputError("out: Parquet needs pyarrow; install it with `pip install 'synth-refine[parquet]'`")
     rule = make_rule(prototypes, threshold, head, weight, logits is not None)
     shards = cut_shards(features, given, logits, shard_rows)
     _check_width(shards[0], rule)

@@ -10,11 +10,11 @@ import os
 import shutil
 from pathlib import Path, PurePosixPath
 
-from synth_refine._check import InputError
+from synth_refine._check import InputError, check_folder_name
 from synth_refine.artifact import Artifact
 from synth_refine.files import sync_folder, write_atomic
 from synth_refine.images import open_images
-from synth_refine.labels import csv_bytes, read_csv
+from synth_refine.labels import check_unique, csv_bytes, read_csv
 
 
 def apply_tree(
@@ -111,7 +111,7 @@ def _write(
         return _write_table(artifact, old, new, dry_run, undo)
     if not old.is_dir() or artifact.run["settings"].get("source") != "folder":
         raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
-    if new.absolute().is_relative_to(old.absolute()):
+    if new.resolve().is_relative_to(old.resolve()):
         raise InputError(f"out: expected a folder outside {old}, got {new}")
     before, after = _ids(artifact), new_places(artifact)
     if undo:
@@ -130,7 +130,7 @@ def _write(
         target = partial / there
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
-            os.link(old / here, target)
+            os.link(os.path.realpath(old / here), target)  # of the image, where a symbolic link leads to it
         else:
             shutil.copy2(old / here, target)
     for name in _classes(artifact):
@@ -170,4 +170,8 @@ def _classes(artifact: Artifact) -> list[str]:
     classes = artifact.run["settings"].get("classes")
     if not isinstance(classes, list) or len(classes) != artifact.num_classes:
         raise InputError("artifact: expected one with class names, as `synth-refine run` writes it, got none")
-    return [str(name) for name in classes]
+    names = [str(name) for name in classes]
+    for name in names:
+        check_folder_name("artifact", name)
+    check_unique("artifact's classes", names)
+    return names

@@ -46,7 +46,7 @@ def test_three_answers_with_reason_and_odds():
     answers = [Answer.KEEP, Answer.CHANGE, Answer.ABSTAIN, Answer.ABSTAIN, Answer.KEEP, Answer.ABSTAIN]
     assert decision.answers.tolist() == answers
     assert decision.reasons.tolist() == [0, 1, 2, 3, 0, 4]
-    assert len(REASONS) == 6
+    assert len(REASONS) == 7
     np.testing.assert_allclose(decision.odds[:5], [1, 9, 11 / 9, 4, 1], rtol=1e-5)
     assert decision.apply(given).tolist() == [0, 1, 0, 0, 1, 0]
     assert given.tolist() == [0, 0, 0, 0, 1, 0]

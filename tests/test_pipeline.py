@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,13 @@ def test_bad_images_keep_their_label_and_are_listed(source: Path, monkeypatch: p
     monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
     (source / "photos" / "A" / "bad.png").write_bytes(b"<html>")
     for refiner in ("paper", "anchored"):
-        settings = Settings("photos", "out", model="glyphs", refiner=refiner, per_class=6, workers=0)
+        settings = Settings("photos", refiner, model="glyphs", refiner=refiner, per_class=6, workers=0)
         assert run(settings).bad == 1  # type: ignore[union-attr]
-        artifact = read_artifact(source / "out" / "refined")
+        artifact = read_artifact(source / refiner / "refined")
         row = (artifact.ids or []).index("A/bad.png")
         assert artifact.labels[row] == 0
         assert artifact.action[row] == "abstain"
-        table = read_csv("bad", source / "out" / "bad.csv")
+        table = read_csv("bad", source / refiner / "bad.csv")
         assert (table["set"], table["id"]) == (["images"], ["A/bad.png"])
         assert "an HTML page" in table["reason"][0]
 
@@ -192,9 +193,36 @@ def test_a_saved_config_runs_again_and_options_come_first(
     shutil.rmtree(source / "out")
     assert cli.main(["run", "--config", "again.yaml"]) == 0
     assert content(source / "out") == expected
-    assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto"]) == 0
-    assert yaml.safe_load((source / "out" / "config.yaml").read_text())["threshold"] == "auto"
+    assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto"]) == 3
+    assert "got another threshold: 'auto' for 0.4; take another folder" in capsys.readouterr().err
+    assert content(source / "out") == expected
+    assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto", "--out", "other"]) == 0
+    assert yaml.safe_load((source / "other" / "config.yaml").read_text())["threshold"] == "auto"
     assert "changed: " in capsys.readouterr().out
+
+
+def test_foreign_folders_and_class_names_that_lead_out_are_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
+    (source / "home").mkdir()
+    foreign = source / "home" / ".editor.tmp"
+    foreign.touch()
+    settings = Settings("photos", "home", model="glyphs", per_class=6, workers=0)
+    (source / "home" / "letter.txt").touch()
+    with pytest.raises(InputError, match=r"out: expected an empty folder .* holds letter.txt"):
+        run(settings)
+    assert foreign.exists()
+    with pytest.raises(InputError, match="out: expected a folder outside photos"):
+        run(replace(settings, out="photos/result"))
+    with pytest.raises(InputError, match="per_class: expected 1 or more, got 0"):
+        run(replace(settings, per_class=0), dry_run=True)
+    given = np.array([0, 1])
+    artifact = record(
+        given, given[::-1], ids=["A/0.png", "B/0.png"], settings={"source": "folder", "classes": ["A", "../../B"]}
+    )
+    with pytest.raises(InputError, match="artifact: expected names that a folder can have"):
+        new_places(artifact)
 
 
 def test_dry_run_checks_and_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
