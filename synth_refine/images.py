@@ -346,7 +346,12 @@ def _webdataset(shards: list[Path], classes: Sequence[str] | None) -> Images:
                         path = PurePosixPath(member.name)
                         stem, _, ending = path.name.partition(".")
                         key = str(path.with_name(stem)) if stem else path.name
-                        samples.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
+                        parts = samples.setdefault(key, {})
+                        if ending.lower() in parts:
+                            raise InputError(
+                                f"images: expected every sample once in {shard}, got {member.name!r} again"
+                            )
+                        parts[ending.lower()] = (member.offset_data, member.size)
                 size = os.fstat(file.fileno()).st_size
         except tarfile.TarError as error:
             raise InputError(f"images: {shard} is no uncompressed tar file: {error}") from error
@@ -354,7 +359,10 @@ def _webdataset(shards: list[Path], classes: Sequence[str] | None) -> Images:
             pictures = [ending for ending in parts if f".{ending.rpartition('.')[2]}" in SUFFIXES]
             if not pictures:
                 continue
-            offset, length = parts[pictures[0]]
+            plain = [ending for ending in pictures if "." not in ending] or pictures  # "mask.png" goes with "jpg"
+            if len(plain) > 1:
+                raise InputError(f"images: expected one image in the sample {key} of {shard}, got {', '.join(plain)}")
+            offset, length = parts[plain[0]]
             if offset + length > size:
                 raise InputError(f"images: {shard} is truncated in the sample {key}")
             places.append((shard, offset, length))
@@ -369,7 +377,7 @@ def _webdataset(shards: list[Path], classes: Sequence[str] | None) -> Images:
 
 def _sample_label(shard: Path, key: str, parts: Mapping[str, tuple[int, int]]) -> str:
     """The label of a webdataset sample, from its .cls, .label or .txt, or the entry `label` of its .json."""
-    for ending in ("cls", "label", "txt", "json"):
+    for ending in ("cls", "label", "json", "txt"):  # a text is a caption more often than a label
         if ending not in parts:
             continue
         offset, size = parts[ending]

@@ -220,6 +220,26 @@ def test_webdataset_labels_in_json_and_names_that_lead_elsewhere(tmp_path: Path)
         open_images(tmp_path / "a.tar")
 
 
+def test_a_sample_twice_in_a_shard_is_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"x.png": data(noise(0)), "x.cls": b"0", "x.PNG": data(noise(1))})
+    with pytest.raises(InputError, match=r"images: expected every sample once in .*a.tar, got 'x.PNG' again"):
+        open_images(tmp_path / "a.tar")
+
+
+def test_the_image_of_a_sample_is_not_its_mask(tmp_path: Path) -> None:
+    parts = {"x.mask.png": data(noise(0)), "x.bmp": data(noise(1), "BMP"), "x.cls": b"0"}
+    shard(tmp_path / "a.tar", parts)
+    assert np.array_equal(np.asarray(open_images(tmp_path / "a.tar").image(0)), np.asarray(noise(1)))
+    shard(tmp_path / "a.tar", {**parts, "x.png": data(noise(2))})
+    with pytest.raises(InputError, match="images: expected one image in the sample x of .*, got bmp, png"):
+        open_images(tmp_path / "a.tar")
+
+
+def test_a_caption_is_no_label_where_there_is_one(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"x.png": data(noise(0)), "x.txt": b"a dog on a lawn", "x.json": b'{"label": "dog"}'})
+    assert open_images(tmp_path / "a.tar").classes == ("dog",)
+
+
 @pytest.mark.parametrize("source", ["pipe:cat x.tar", "https://example.org/x.tar"])
 def test_no_program_is_started_and_nothing_fetched(source: str) -> None:
     with pytest.raises(InputError, match="images: expected local files"):
