@@ -18,6 +18,9 @@ Tried on CIFAR-10 (MobileNetV2 features, 100 synthetic images per class) and lef
   which lets the systematic part of the noise lead: .287 for .241 at 70 % PMD after twelve rounds.
 * Tilting T towards look-alike classes by the head's probabilities: worse on every file, and less likely
   on all but one.
+* On the digits (1,200 images) more folds or longer fits: .14 wrong at 35 % with two folds and two epochs, .17 with
+  eight epochs, whatever the folds. A second view's features beside the first's instead of its answers: .15 to .19 for
+  .09. Its softmax multiplied in instead of a transition matrix of its own: .10, and .19 for .17 at 70 % PMD.
 * A temperature on the head's probabilities, chosen by likelihood: it lowers the confidence where the labels carry the
   systematic part of the noise, and the labels are then believed too much (.272 for .243 at 70 % PMD).
 """
