@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", choices=["digits", "cifar10"], nargs="?", default="digits")
     parser.add_argument("--data", type=Path, help="cifar10: the .npz file of images")
     parser.add_argument("--given", type=Path, help="cifar10: the label file")
-    parser.add_argument(
-        "--encoder", default="glyph-clip", help="or what `synth-refine run` takes (%(default)s)"
-    )
+    parser.add_argument("--encoder", default="glyph-clip", help="or what `synth-refine run` takes (%(default)s)")
     parser.add_argument("--weights", help="local weights of the encoder")
     parser.add_argument("--refiner", default="anchored", choices=["anchored", "paper"])
     parser.add_argument("--threshold", default="auto")
