@@ -13,8 +13,9 @@ import hashlib
 import io
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -233,11 +234,9 @@ class _Work:
     folder: str
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
-        return self.write(shard, *refine_shard(self.rule, shard))
-
-    def write(self, shard: Shard, table: pa.Table, skipped: int) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
+        table, skipped = refine_shard(self.rule, shard)
         data = io.BytesIO()
         # Scores hardly repeat: a dictionary of them costs time and space.
         pq.write_table(table, data, use_dictionary=["given", "refined"])
@@ -253,16 +252,24 @@ class _Work:
 
 
 def _here(work: _Work, todo: list[Shard]) -> Iterator[dict[str, Any]]:
-    """The work in this process; a shard is written while the next one is scored."""
-    with ThreadPoolExecutor(1) as writer:
-        before = None
-        for shard in todo:
-            line = writer.submit(work.write, shard, *refine_shard(work.rule, shard))
-            if before is not None:
-                yield before.result()
-            before = line
-        if before is not None:
-            yield before.result()
+    """The work in this process, a shard per thread of torch.
+
+    The search for the best classes runs on one thread only, so that several shards at once keep more cores busy than
+    several threads on one matrix product; and the result does not depend on how many there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            pending: deque[Future[dict[str, Any]]] = deque()
+            for shard in todo:
+                pending.append(pool.submit(work, shard))
+                if len(pending) > threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:

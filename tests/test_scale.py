@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from synth_refine import InputError, cli, refine_labels, scale
 from synth_refine.files import locked
@@ -131,6 +132,25 @@ def test_a_linear_head_is_the_logits_it_gives(bias: bool, data: Data, tmp_path: 
     found, expected = columns(tmp_path / "head"), columns(tmp_path / "logits")
     np.testing.assert_array_equal(found["refined"], expected["refined"])
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-5)
+
+
+def test_the_number_of_threads_changes_no_byte(data: Data, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            refine_shards(
+                data.root / "features.npy",
+                data.root / "given.npy",
+                data.prototypes,
+                0.3,
+                tmp_path / str(threads),
+                shard_rows=20,
+            )
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert files(tmp_path / "1") == files(tmp_path / "3")
 
 
 def test_resumes_with_what_is_missing_or_damaged_alone(data: Data, tmp_path: Path) -> None:
