@@ -127,7 +127,7 @@ def cleanlab_whole(folder: Path) -> dict[str, float]:
     labels = np.load(folder / "given.npy", allow_pickle=False)
     start = time.perf_counter()
     probabilities = np.load(folder / "probabilities.npy", allow_pickle=False)
-    find_label_issues(labels, probabilities, n_jobs=1)
+    find_label_issues(labels, probabilities, n_jobs=torch.get_num_threads())
     return {"seconds": time.perf_counter() - start}
 
 
