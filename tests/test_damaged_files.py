@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import struct
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,10 +191,8 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, kind: str, capsys: 
     suffix, content, message = DAMAGED[kind]
     path = tmp_path / f"labels{suffix}"
     path.write_bytes(content)
-    start = time.monotonic()
     with pytest.raises(InputError, match=message) as caught:
         read_labels(path)
-    assert time.monotonic() - start < 1
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 

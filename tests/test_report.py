@@ -122,7 +122,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(
             **{"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **options}
         )
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(60_000)
         if script:
             context.add_init_script(script)
         contexts.append(context)
@@ -153,7 +153,7 @@ def names(tab: Any) -> list[str]:
 
 def until(tab: Any, condition: str) -> None:
     """Wait for a condition in the page; playwright's own way would need eval, which the page's policy forbids."""
-    for _ in range(200):
+    for _ in range(2_000):
         if tab.evaluate(condition):
             return
         tab.wait_for_timeout(25)
