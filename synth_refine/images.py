@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -409,9 +410,13 @@ def _parquet(files: list[Path], classes: Sequence[str] | None, image: str, label
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 present = file.schema_arrow.names
-                column = _column("image", present, image, ("image", "img"), path)
+                column = _column("image", present, image or column, ("image", "img"), path)
                 wanted = _column("label", present, label, ("label", "labels", "fine_label"), path)
-                names = names or _hub_names(file.schema_arrow.metadata, wanted)
+                own = _hub_names(file.schema_arrow.metadata, wanted)
+                names = names or own
+                for old, new in zip_longest(names or (), own or names or ()):
+                    if old != new:
+                        raise InputError(f"images: expected the class {old!r} of {files[0]} in {path} too, got {new!r}")
                 first = len(cells)
                 cells += file.read(columns=[wanted]).column(0).to_pylist()
                 rows = len(cells) - first

@@ -269,6 +269,17 @@ def test_a_dataset_in_memory_on_disk_and_as_parquet(tmp_path: Path) -> None:
         open_images(tmp_path / "splits")
 
 
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "cow"], ["cat"]])
+def test_parquet_shards_that_number_their_classes_otherwise_are_refused(tmp_path: Path, names: list[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    for number, classes in enumerate([["cat", "dog"], names]):
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        rows = {"img": [{"bytes": data(noise(number)), "path": None}], "label": [0]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{number}.parquet"))
+    with pytest.raises(InputError, match=r"images: expected the class .* of .*0\.parquet in .*1\.parquet too, got"):
+        open_images(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "classes", "message"),
     [
