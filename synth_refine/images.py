@@ -103,11 +103,14 @@ def decode(
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255 instead of scaling them
+    if image.mode.startswith("I"):  # of 16 or 32 bits per pixel, of which Pillow takes the upper ones or clips them
         values = np.asarray(image).astype(np.int64)
-        if values.size and not (values.min() >= 0 and values.max() <= 65535):
-            raise InputError(f"image: expected at most 16 bits per pixel, got values {values.min()} to {values.max()}")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if low < 0 or high > 65535:
+            raise InputError(f"image: expected at most 16 bits per pixel, got values {low} to {high}")
+        if high > 255:  # values that 8 bits can hold are such, or else the image would be black in any case
+            values = (values + 128) // 257
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InputError("image: expected pixels in whole numbers, got floating-point ones, whose range is not known")
     if image.has_transparency_data:

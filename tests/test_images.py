@@ -65,8 +65,27 @@ def test_cmyk_is_converted() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_and_not_clipped(kind: str) -> None:
-    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     assert np.asarray(decode(data(Image.fromarray(values), kind)))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)])
+def test_eight_bits_in_a_wider_file_are_not_black(kind: str, dtype: type) -> None:
+    values = np.array([[0, 100, 255]], dtype=dtype)
+    assert np.asarray(decode(data(Image.fromarray(values), kind)))[0, :, 2].tolist() == [0, 100, 255]
+
+
+def test_thirty_two_bits_are_scaled_as_sixteen_where_these_are_enough() -> None:
+    wide = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32))
+    assert np.asarray(decode(data(wide, "TIFF")))[0, :, 0].tolist() == [0, 1, 255]
+    wider = Image.fromarray(np.array([[0, 65536]], dtype=np.int32))
+    with pytest.raises(InputError, match="image: expected at most 16 bits per pixel, got values 0 to 65536"):
+        decode(data(wider, "TIFF"))
+
+
+def test_a_pgm_of_any_depth_is_scaled_by_it() -> None:
+    values = np.array([[0, 500, 1000]], dtype=">u2")
+    assert np.asarray(decode(b"P5 3 1 1000\n" + values.tobytes()))[0, :, 0].tolist() == [0, 127, 255]
 
 
 def test_transparent_pixels_become_white_whatever_is_below_them() -> None:
