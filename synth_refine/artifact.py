@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from synth_refine import __version__
 from synth_refine._check import Array, InputError, check_array
 from synth_refine.files import file_hash, locked, open_plain, read_npy, sync_folder, write_atomic
 from synth_refine.labels import as_labels, check_unique, csv_bytes, labels_hash, read_csv
@@ -220,8 +221,6 @@ def record(
 
 def versions() -> dict[str, str]:
     """The versions of Python, of this package and of the libraries that numbers depend on."""
-    from synth_refine import __version__  # the package imports its modules first
-
     others = {name: metadata.version(name) for name in ("numpy", "torch")}
     return {"python": platform.python_version(), "synth-refine": __version__, **others}
 

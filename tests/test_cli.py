@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import io
 import json
 import os
 import re
 import shlex
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from synth_refine import cli
+from synth_refine import cli, export, scale
 from synth_refine.artifact import read_artifact
 from synth_refine.labels import read_labels, read_labels_and_ids, write_labels
 
@@ -265,6 +268,46 @@ def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixtu
     assert "no image is left in class 1, 2" in capsys.readouterr().err
 
 
+def test_help_and_wrong_usage_wait_for_no_heavy_import() -> None:
+    commands = [*COMMANDS, "run", "report", "embed", "generate"]
+    calls = [
+        ["--help"],
+        [],
+        ["guess"],
+        *([name, "--help"] for name in commands),
+        ["run", "photos"],
+        ["embed", "photos"],
+    ]
+    calls.append([*example("refine")[1], "--refiner", "paper"])
+    script = f"""if True:
+        import sys
+        import synth_refine
+        from synth_refine.cli import main
+        for arguments in {calls!r}:
+            try:
+                main(arguments)
+            except SystemExit:
+                continue
+            raise AssertionError(arguments)
+        print("heavy:", sorted({{"torch", "numpy", "PIL", "yaml"}} & set(sys.modules)))
+        from synth_refine import Refinement, class_prototypes, refine_labels
+        print("torch" in sys.modules, hasattr(synth_refine, "nothing"))
+        """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["heavy: []", "True False"]
+
+
+def test_what_the_parser_offers_is_what_there_is() -> None:
+    assert tuple(export.FORMATS) == cli.FORMATS
+    assert f"({scale.SHARD_ROWS})" in next(line for line in help_of("scale").splitlines() if "per shard" in line)
+
+
+def help_of(command: str) -> str:
+    with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as text:
+        cli.main([command, "--help"])
+    return text.getvalue()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -274,6 +317,9 @@ def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixtu
         ["refine", "--thresh", "1"],
         ["refine", *(word for name in FILES for word in (name, "x")), "--out", "x", "--threshold", "nan"],
         ["export", "a", "--format", "json-records", "--out", "b"],
+        ["run", "photos"],
+        ["run", "--out", "b"],
+        ["embed", "--out", "b"],
     ],
 )
 def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +327,20 @@ def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixtu
         cli.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_wrong_number_is_told_in_plain_words(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in (
+        (["run", "photos", "--out", "b", "--threshold", "much"], "expected auto or a finite number, got 'much'"),
+        ([*example("scale")[0], "--threshold", "inf"], "expected a finite number, got 'inf'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert capsys.readouterr().err.endswith(f"error: argument --threshold: {expected}\n")
+
+
+def test_run_shows_what_it_cannot_do_without() -> None:
+    assert help_of("run").startswith("usage: synth-refine run IMAGES --out FOLDER [options]\n")
 
 
 def test_what_is_in_the_way_is_reported(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +365,15 @@ def test_an_interrupt_is_no_traceback(
     assert cli.main(example("refine")[0]) == 130
     assert capsys.readouterr().err.startswith("synth-refine: interrupted")
     assert files(refined) == before
+
+
+def test_an_interrupt_while_torch_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "synth_refine.commands", Interrupted())
+    assert cli.main(["env"]) == 130
 
 
 def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
