@@ -112,7 +112,8 @@ class Artifact:
         after: NDArray[np.integer[Any]],
     ) -> NDArray[np.integer[Any]]:
         values = as_labels(name, labels)
-        check_array(name, values, before.shape)
+        if len(values) != len(before):
+            raise WrongBase(f"{name}: expected the {len(before)} labels that this artifact is about, got {len(values)}")
         order = np.arange(len(before)) if ids is None else self.rows_of(ids)
         differ = np.flatnonzero(values != before[order])
         if differ.size:
@@ -297,6 +298,8 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
 
 
 def _read_run(root: Path) -> dict[str, Any]:
+    if not (root / "run.json").exists() and (root / "refined" / "run.json").exists():
+        raise InputError(f"artifact: {root} is the result of a run; its artifact is {root / 'refined'}")
     with open_plain("artifact", root / "run.json") as file:
         data = file.read()
     try:

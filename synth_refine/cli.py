@@ -151,8 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--given", required=True, metavar="PATH", help="the labels as given: .npy, or folder of shards")
     scale.add_argument("--prototypes", required=True, metavar="NPY", help="mean synthetic features, (C, D) floats")
     scale.add_argument("--threshold", required=True, type=_finite, help="smallest score that replaces a label")
-    scale.add_argument("--logits", metavar="PATH", help="outputs of a classifier, (N, C), stored as the features are")
-    scale.add_argument("--head", metavar="NPY", help="instead: a linear classifier, (C, D), or (C, D + 1) with bias")
+    scores = scale.add_mutually_exclusive_group()
+    scores.add_argument("--logits", metavar="PATH", help="outputs of a classifier, (N, C), stored as the features are")
+    scores.add_argument("--head", metavar="NPY", help="instead: a linear classifier, (C, D), or (C, D + 1) with bias")
     scale.add_argument("--weight", type=float, help="weight of the similarity (0.5 with a classifier, 1 without)")
     scale.add_argument("--shard-rows", type=int, help="rows of a .npy per shard (262144)")
     scale.add_argument("--engine", choices=("local", "ray"), default="local", help="(%(default)s)")
@@ -184,8 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--clean-label", metavar="FILE", help="cifar-n: the labels its loader compares with the data set")
     send.add_argument("--entry", default="worse_label", help="cifar-n: the entry of the noise type (%(default)s)")
 
-    for reader in (apply, revert):
-        text = "what the review page exported: what was accepted or corrected is changed, all else stays as given"
+    for reader, text in (
+        (apply, "what the review page exported: what was accepted or corrected is changed, all else stays as given"),
+        (revert, "those that the labels were applied with: what was accepted or corrected in them is turned back"),
+    ):
         reader.add_argument("--decisions", metavar="CSV", help=text)
 
     verify = command("verify", "check an artifact's hashes, and that labels are its refined ones", VERIFY)

@@ -182,6 +182,10 @@ def test_diff_lists_the_changes(refined: Path, capsys: pytest.CaptureFixture[str
 def test_verify_finds_problems(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "refined", "--labels", "given.npy"]) == 1
     assert re.fullmatch(r"synth-refine: labels: .* 15 of 60 differ, the first in row 0\n", capsys.readouterr().err)
+    write_labels("short.csv", read_labels("labels.npy")[1:])
+    assert cli.main(["verify", "refined", "--labels", "short.csv"]) == 1
+    message = "synth-refine: labels: expected the 60 labels that this artifact is about, got 59\n"
+    assert capsys.readouterr().err == message
     with open("refined/labels.npy", "ab") as file:
         file.write(b"\0")
     assert cli.main(["verify", "refined"]) == 1
@@ -191,6 +195,20 @@ def test_verify_finds_problems(refined: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["verify", "nothing"]) == 3
     assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "new.npy"]) == 3
     assert not Path("new.npy").exists()
+
+
+def test_the_folder_of_a_run_is_no_artifact_but_holds_one(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("result").mkdir()
+    Path("refined").rename("result/refined")
+    assert cli.main(["apply", "result", "--given", "given.npy", "--out", "new.npy"]) == 3
+    message = "synth-refine: artifact: result is the result of a run; its artifact is result/refined\n"
+    assert capsys.readouterr().err == message
+
+
+def test_revert_says_which_decisions_it_wants() -> None:
+    texts = [help_of(command).split("--decisions CSV")[-1].split("\n  --")[0] for command in ("apply", "revert")]
+    assert "stays as given" in " ".join(texts[0].split())
+    assert "is turned back" in " ".join(texts[1].split())
 
 
 def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,6 +335,7 @@ def help_of(command: str) -> str:
         ["refine", "--thresh", "1"],
         ["refine", *(word for name in FILES for word in (name, "x")), "--out", "x", "--threshold", "nan"],
         ["export", "a", "--format", "json-records", "--out", "b"],
+        [*example("scale")[1], "--logits", "logits.npy"],
         ["run", "photos"],
         ["run", "--out", "b"],
         ["embed", "--out", "b"],
