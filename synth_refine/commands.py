@@ -127,11 +127,22 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
     """What the anchored refiner decides, as arguments of `record`."""
     anchors, anchor_labels = read_npy("anchors", options.anchors, "f"), read_labels(options.anchor_labels)
     check_array("given", given, (len(features),))
+    check_array("anchors", anchors, ("M", features.shape[1]))
     check_array("anchor_labels", anchor_labels, (len(anchors),))
     num_classes = int(anchor_labels.max()) + 1 if len(anchor_labels) else 0
+    fit = np.isfinite(anchors).all(axis=1)
+    if not fit.all():  # `embed` gives such features to images that it cannot decode
+        _say(f"{(~fit).sum()} of {len(fit)} anchors are left out: their features are not finite")
+        anchors, anchor_labels = anchors[fit], anchor_labels[fit]
     check_row_order(given, prototype_classes(features, anchors, anchor_labels, num_classes), num_classes)
     posterior = anchored_posterior(
-        features, given, anchors, anchor_labels, seed=options.seed, progress=sys.stderr.isatty()
+        features,
+        given,
+        anchors,
+        anchor_labels,
+        num_classes=num_classes,
+        seed=options.seed,
+        progress=sys.stderr.isatty(),
     )
     decision = decide(posterior, given, force=options.force)
     _say(decision.summary())

@@ -97,6 +97,20 @@ def test_the_anchored_refiner_says_why(folder: Path, capsys: pytest.CaptureFixtu
     assert bool((artifact.margin[artifact.changed] > 0).all())
 
 
+def test_anchors_without_features_are_left_out_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    anchors = np.load("synthetic.npy")
+    anchors[[0, 4]] = np.nan
+    np.save("synthetic.npy", anchors)
+    assert cli.main(example("refine")[1]) == 0
+    assert "2 of 30 anchors are left out: their features are not finite\n" in capsys.readouterr().err
+    assert read_artifact("refined").labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    anchors[2::3] = np.nan  # all of the last class
+    np.save("synthetic.npy", anchors)
+    assert cli.main([*example("refine")[1][:-1], "again"]) == 3
+    message = "synth-refine: anchor_labels: expected at least one image per class, got none for class 2\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
