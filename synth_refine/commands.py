@@ -52,8 +52,15 @@ def _settings(options: argparse.Namespace) -> pipeline.Settings:
     return pipeline.Settings(**entries)
 
 
+def _announced(settings: pipeline.Settings) -> pipeline.Settings:
+    """The same, after a word on where the encoder comes from: without a network the hub is tried for about a minute."""
+    if settings.weights is None and not Path(settings.encoder).exists():
+        _say(f"{settings.encoder} is taken from this machine or else from its hub; HF_HUB_OFFLINE=1 never asks a hub")
+    return settings
+
+
 def _run(options: argparse.Namespace) -> int:
-    return _tell(options, pipeline.run(_settings(options), dry_run=options.dry_run))
+    return _tell(options, pipeline.run(_announced(_settings(options)), dry_run=options.dry_run))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -79,7 +86,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    _show(pipeline.embed(_settings(options)))
+    _show(pipeline.embed(_announced(_settings(options))))
     return FINE
 
 

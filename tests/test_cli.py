@@ -372,6 +372,14 @@ def test_a_wrong_number_is_told_in_plain_words(capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().err.endswith(f"error: argument --threshold: {expected}\n")
 
 
+def test_it_is_said_before_a_hub_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["embed", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--encoder"]
+    assert cli.main([*command, "timm:resnet18"]) == 3
+    assert capsys.readouterr().err.startswith("timm:resnet18 is taken from this machine or else from its hub; HF_HUB_")
+    assert cli.main([*command, str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("synth-refine: images: expected a folder")
+
+
 def test_run_shows_what_it_cannot_do_without() -> None:
     assert help_of("run").startswith("usage: synth-refine run IMAGES --out FOLDER [options]\n")
 
