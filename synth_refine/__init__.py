@@ -1,8 +1,22 @@
 """Repair systematically wrong image labels with prototypes of synthetic images."""
 
-from synth_refine._check import InputError
-from synth_refine.prototypes import class_prototypes
-from synth_refine.refine import Refinement, refine_labels
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from synth_refine._error import InputError
+
+if TYPE_CHECKING:
+    from synth_refine.prototypes import class_prototypes
+    from synth_refine.refine import Refinement, refine_labels
 
 __all__ = ["InputError", "Refinement", "class_prototypes", "refine_labels"]
 __version__ = "0.1.0"
+
+_MODULES = {"Refinement": "refine", "class_prototypes": "prototypes", "refine_labels": "refine"}
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch, which takes seconds, where it is asked for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

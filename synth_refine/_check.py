@@ -9,12 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from synth_refine._error import InputError as InputError
+
 Array: TypeAlias = "NDArray[Any] | Tensor"
 ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)
-
-
-class InputError(ValueError):
-    """Bad input. The one-line message names the argument, what was expected and what came."""
 
 
 def shape_text(shape: tuple[int | str, ...]) -> str:

@@ -127,7 +127,8 @@ def anchored_posterior(
             that makes the given labels more likely.
         second_view: Logits, (N, C), of a classifier trained on the given labels that sees the images otherwise than
             through `features`, from their pixels for example. It is read as a second labeller, with a transition
-            matrix of its own at each of three levels of confidence. A classifier on the same features is none.
+            matrix of its own at each of three levels of confidence. A classifier on the same features is none. Finite,
+            but where the features are not.
         seed: Same seed, inputs and thread count, same result.
         rounds: Most rounds to run.
         hidden: Units of the heads' hidden layer; 0 makes them linear.
@@ -223,6 +224,8 @@ def _checked_classes(
         check_array("second_view", second_view, (features.shape[0], num_classes))
     for name, value in floating[1:]:
         finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
+        if name == "second_view":  # of images that are skipped in any case it may say anything
+            finite |= ~float_tensor(features, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0, 0])
             raise InputError(f"{name}: expected finite numbers, got a non-finite one in row {bad}")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from synth_refine import __version__
 from synth_refine._check import Array, InputError, check_array
 from synth_refine.files import file_hash, locked, open_plain, read_npy, sync_folder, write_atomic
 from synth_refine.labels import as_labels, check_unique, csv_bytes, labels_hash, read_csv
@@ -111,7 +112,8 @@ class Artifact:
         after: NDArray[np.integer[Any]],
     ) -> NDArray[np.integer[Any]]:
         values = as_labels(name, labels)
-        check_array(name, values, before.shape)
+        if len(values) != len(before):
+            raise WrongBase(f"{name}: expected the {len(before)} labels that this artifact is about, got {len(values)}")
         order = np.arange(len(before)) if ids is None else self.rows_of(ids)
         differ = np.flatnonzero(values != before[order])
         if differ.size:
@@ -220,8 +222,6 @@ def record(
 
 def versions() -> dict[str, str]:
     """The versions of Python, of this package and of the libraries that numbers depend on."""
-    from synth_refine import __version__  # the package imports its modules first
-
     others = {name: metadata.version(name) for name in ("numpy", "torch")}
     return {"python": platform.python_version(), "synth-refine": __version__, **others}
 
@@ -298,6 +298,8 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
 
 
 def _read_run(root: Path) -> dict[str, Any]:
+    if not (root / "run.json").exists() and (root / "refined" / "run.json").exists():
+        raise InputError(f"artifact: {root} is the result of a run; its artifact is {root / 'refined'}")
     with open_plain("artifact", root / "run.json") as file:
         data = file.read()
     try:

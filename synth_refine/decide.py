@@ -83,8 +83,9 @@ class Decision:
         wrong_changes: Nominal fraction of the changes that are wrong, by the posterior: real and synthetic images
             differ, so read it beside the domain gap; NaN without a change.
         gain: Expected drop of the noise rate by the proposed changes if the head were less sure than it says.
-        harmful: Whether the do-no-harm check found that the changes would not lower the noise, or that the heads name
-            fewer than half of the held-out synthetic images rightly.
+        harmful: Whether the do-no-harm check advises against the proposed changes.
+        blind: Whether it does so because the heads name fewer than half of the held-out synthetic images rightly, and
+            not because the changes would not lower the noise.
     """
 
     answers: Array
@@ -97,6 +98,7 @@ class Decision:
     wrong_changes: float
     gain: float
     harmful: bool
+    blind: bool
 
     def apply(self, given: ArrayT) -> ArrayT:
         """The refined labels: changed where so decided, the given label elsewhere. `given` is left as it is.
@@ -125,11 +127,14 @@ class Decision:
             f"keep {count[0]}, change {count[1]}, abstain {count[2]}; "
             f"estimated noise {self.noise_before:.3f} -> {self.noise_after:.3f}"
         )
-        if self.harmful and count[1]:
-            return f"{text}; changed on demand, although that would probably not lower the noise"
-        if self.harmful:
-            return f"{text}; nothing is changed: the proposed changes would probably not lower the noise"
-        return text
+        if not self.harmful:
+            return text
+        why = "the proposed changes would probably not lower the noise"
+        if self.blind:
+            why = (
+                "fewer than half of the held-out synthetic images are recognised; try an encoder that knows the classes"
+            )
+        return f"{text}; {'changed on demand, although' if count[1] else 'nothing is changed:'} {why}"
 
 
 def decide(
@@ -212,6 +217,7 @@ def decide(
         wrong_changes=wrong,
         gain=gain,
         harmful=harmful,
+        blind=harmful and blind,
     )
 
 

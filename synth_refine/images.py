@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -36,9 +37,15 @@ from synth_refine.encode import SHARD_ROWS, Encoder, Preprocess, kept_shards
 from synth_refine.files import open_plain, what_is
 from synth_refine.labels import check_unique, read_csv
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """Decoders that Pillow may use. Others start programs (EPS) or are rarely tested against hostile files."""
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+}
+"""Endings of names, in upper or lower case, by which images are found in folders and shards: all that torchvision and
+Pillow know of these formats. Which of them a file is, its content tells.
+"""
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a decompression bomb, where it only warns."""
 BATCH_ROWS = 64
@@ -77,8 +84,7 @@ def decode(
     if isinstance(source, bytes):
         data = source
     else:
-        with open_plain("image", source) as file:
-            data = file.read()
+        data = _bytes(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow remarks on damaged metadata, which the pixels do not need
@@ -102,11 +108,14 @@ def decode(
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255 instead of scaling them
+    if image.mode.startswith("I"):  # of 16 or 32 bits per pixel, of which Pillow takes the upper ones or clips them
         values = np.asarray(image).astype(np.int64)
-        if values.size and not (values.min() >= 0 and values.max() <= 65535):
-            raise InputError(f"image: expected at most 16 bits per pixel, got values {values.min()} to {values.max()}")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if low < 0 or high > 65535:
+            raise InputError(f"image: expected at most 16 bits per pixel, got values {low} to {high}")
+        if high > 255:  # values that 8 bits can hold are such, or else the image would be black in any case
+            values = (values + 128) // 257
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InputError("image: expected pixels in whole numbers, got floating-point ones, whose range is not known")
     if image.has_transparency_data:
@@ -160,6 +169,14 @@ class Images:
     read: Reader = field(repr=False)
     kind: str
 
+    def __post_init__(self) -> None:
+        """Refuse ids that no result could be written with."""
+        for one in self.ids:
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"images: expected names in UTF-8, got {os.fsencode(one)!r}; rename it") from error
+
     def image(self, row: int) -> Image.Image:
         """The decoded image of a row.
 
@@ -177,8 +194,7 @@ class Files:
 
     def __call__(self, row: int) -> bytes:
         """The bytes of a row's file."""
-        with open_plain("image", self.paths[row]) as file:
-            return file.read()
+        return _bytes(self.paths[row])
 
 
 @dataclass(frozen=True)
@@ -190,9 +206,10 @@ class TarMembers:
     def __call__(self, row: int) -> bytes:
         """The bytes of a row's member."""
         path, offset, size = self.places[row]
-        with open_plain("image", path) as file:
-            file.seek(offset)
-            return file.read(size)
+        data = _bytes(path, offset, size)
+        if len(data) != size:
+            raise InputError(f"image: {path} was cut off: expected {size} bytes from byte {offset} on, got {len(data)}")
+        return data
 
 
 class ParquetRows:
@@ -202,7 +219,7 @@ class ParquetRows:
         """Groups are (file, number of the group in it, first row of all)."""
         self.groups, self.column = groups, column
         self.starts = [start for _, _, start in groups]
-        self.held: tuple[int, Any] = (-1, None)
+        self.held: tuple[int, Any] = (-1, None)  # number of a group, and its cells or why they cannot be read
 
     def __call__(self, row: int) -> bytes:
         """The bytes of a row's cell."""
@@ -211,8 +228,14 @@ class ParquetRows:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         path, group, start = self.groups[number]
         if self.held[0] != number:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                self.held = (number, file.read_row_group(group, columns=[self.column]).column(0))
+            try:
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    self.held = (number, file.read_row_group(group, columns=[self.column]).column(0))
+            except (pyarrow.ArrowException, OSError) as error:
+                why = " ".join(str(error).split())[:160]
+                self.held = (number, f"image: row group {group} of {path} cannot be read, {why}")
+        if isinstance(self.held[1], str):
+            raise InputError(self.held[1])
         return _cell_bytes(self.held[1][row - start].as_py(), row)
 
 
@@ -225,7 +248,22 @@ class HubRows:
 
     def __call__(self, row: int) -> bytes:
         """The bytes of a row's cell, or of the file that it names."""
-        return _cell_bytes(self.dataset[row][self.column], row)
+        try:
+            cell = self.dataset[row][self.column]
+        except Exception as error:  # a damaged Arrow file can fail in many ways
+            why = " ".join(repr(error).split())[:160]
+            raise InputError(f"image: row {row} of the dataset cannot be read, {why}") from error
+        return _cell_bytes(cell, row)
+
+
+def _bytes(path: str | os.PathLike[str], offset: int = 0, size: int = -1) -> bytes:
+    """The bytes of a file, or `size` of them from `offset` on."""
+    with open_plain("image", path) as file:
+        try:
+            file.seek(offset)
+            return file.read(size)
+        except OSError as error:
+            raise InputError(f"image: cannot be read, {error.strerror or error}: {path}") from error
 
 
 def _cell_bytes(cell: object, row: int) -> bytes:
@@ -233,8 +271,7 @@ def _cell_bytes(cell: object, row: int) -> bytes:
     if isinstance(cell, Mapping):
         data, path = cell.get("bytes"), cell.get("path")
         if data is None and path:
-            with open_plain("image", path) as file:
-                return file.read()
+            return _bytes(path)
         cell = data
     if not isinstance(cell, bytes):
         raise InputError(f"image: expected bytes in row {row}, got {type(cell).__name__}")
@@ -245,16 +282,16 @@ def open_images(source: Any, classes: Sequence[str] | None = None, *, image: str
     """Find the images and labels of a source; no image is decoded yet.
 
     Args:
-        source: A folder with one folder of images per class; a .csv file with the columns `path` (or `id`) and
-            `label`, paths relative to its folder; a folder that a Hugging Face dataset was saved to, or the dataset; a
-            webdataset shard (.tar), or a folder of them, or a pattern such as "shards/*.tar"; the same for .parquet
-            files; or a folder of CIFAKE's (FAKE or REAL).
+        source: A folder with one folder of images per class, named as in `SUFFIXES`; a .csv file with the columns
+            `path` (or `id`) and `label`, paths relative to its folder; a folder that a Hugging Face dataset was saved
+            to, or the dataset; a webdataset shard (.tar), or a folder of them, or a pattern such as "shards/*.tar"; the
+            same for .parquet files; or a folder of CIFAKE's (FAKE or REAL).
         classes: Names of all classes, in the order of their numbers; by default those that occur, sorted.
         image: Column of the images in a dataset or Parquet file; by default `image` or `img`.
         label: Column of the labels; by default `label`, `labels` or `fine_label`.
 
     Raises:
-        InputError: No such source, no images in it, an unknown class, or an id twice.
+        InputError: No such source, no images in it, an unknown class, an id twice, or a name that is not UTF-8.
     """
     if not isinstance(source, str | os.PathLike):
         return _hub(source, classes, image, label)
@@ -296,8 +333,12 @@ def _folder(place: Path, inside: list[Path], classes: Sequence[str] | None) -> I
     if cifake and any(folders[0].glob("* (*)*")):  # its numbered copies; else these are two classes of somebody's own
         return _folder(folders[0], sorted(folders[0].iterdir()), classes)
     ids, names = [], []
+
+    def fail(error: OSError) -> None:  # os.walk would pass over a folder that cannot be read
+        raise InputError(f"images: cannot be read, {error.strerror or error}: {error.filename}") from error
+
     for folder in folders:
-        for root, below, files in os.walk(folder):
+        for root, below, files in os.walk(folder, onerror=fail):
             below[:] = sorted(name for name in below if not name.startswith("."))
             for name in sorted(files):
                 if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
@@ -378,7 +419,7 @@ def _webdataset(shards: list[Path], classes: Sequence[str] | None) -> Images:
 
 
 def _sample_label(shard: Path, key: str, parts: Mapping[str, tuple[int, int]]) -> str:
-    """The label of a webdataset sample, from its .cls, .label or .txt, or the entry `label` of its .json."""
+    """The label of a webdataset sample, from its .cls or .label, or the entry `label` of its .json, or its .txt."""
     for ending in ("cls", "label", "json", "txt"):  # a text is a caption more often than a label
         if ending not in parts:
             continue
@@ -388,7 +429,10 @@ def _sample_label(shard: Path, key: str, parts: Mapping[str, tuple[int, int]]) -
                 file.seek(offset)
                 text = file.read(min(size, 1 << 20)).decode()
             if ending == "json":
-                text = str(json.loads(text)["label"])
+                label = json.loads(text)["label"]
+                if type(label) not in (int, str):
+                    raise TypeError(f"expected a number or a name, got {json.dumps(label)[:40]}")
+                text = str(label)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"images: {shard} has no label in {key}.{ending}: {error!r}") from error
         return text.strip()
@@ -409,9 +453,13 @@ def _parquet(files: list[Path], classes: Sequence[str] | None, image: str, label
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 present = file.schema_arrow.names
-                column = _column("image", present, image, ("image", "img"), path)
+                column = _column("image", present, image or column, ("image", "img"), path)
                 wanted = _column("label", present, label, ("label", "labels", "fine_label"), path)
-                names = names or _hub_names(file.schema_arrow.metadata, wanted)
+                own = _hub_names(file.schema_arrow.metadata, wanted)
+                names = names or own
+                for old, new in zip_longest(names or (), own or names or ()):
+                    if old != new:
+                        raise InputError(f"images: expected the class {old!r} of {files[0]} in {path} too, got {new!r}")
                 first = len(cells)
                 cells += file.read(columns=[wanted]).column(0).to_pylist()
                 rows = len(cells) - first

@@ -87,13 +87,13 @@ class Refined:
 
     Attributes:
         artifact: The decision, on record.
-        threshold: The one that was used, the mean where each class has its own; None where no class has one.
+        threshold: The one that was used, or those of the classes; None where no class has one.
         sweep: What other thresholds would do; empty for the paper's rule.
         notes: Numbers for people.
     """
 
     artifact: Artifact
-    threshold: float | None
+    threshold: float | list[float] | None
     sweep: Sequence[SweepRow]
     notes: Mapping[str, str]
 
@@ -406,7 +406,7 @@ def _anchored(
     anchor_labels: NDArray[Any],
     num_classes: int,
     settings: Settings,
-) -> tuple[dict[str, Any], float | None, list[SweepRow], dict[str, str]]:
+) -> tuple[dict[str, Any], float | list[float] | None, list[SweepRow], dict[str, str]]:
     posterior = anchored_posterior(
         features,
         given,
@@ -444,7 +444,7 @@ def _paper(
     anchor_labels: NDArray[Any],
     num_classes: int,
     settings: Settings,
-) -> tuple[dict[str, Any], float | None, list[SweepRow], dict[str, str]]:
+) -> tuple[dict[str, Any], float | list[float] | None, list[SweepRow], dict[str, str]]:
     logits, anchor_logits = given_logits(features, given, anchors, num_classes, seed=settings.seed)
     limits: Any = settings.threshold
     if settings.threshold == "auto":
@@ -460,10 +460,11 @@ def _paper(
     return decided, _shown(limits), [], {}
 
 
-def _shown(limits: Any) -> float | None:
-    """One number for thresholds, of which those without end are left out."""
-    values = np.atleast_1d(np.asarray(limits, dtype=np.float64))
-    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else None
+def _shown(limits: Any) -> float | list[float] | None:
+    """Thresholds without those that have no end."""
+    values = np.asarray(limits, dtype=np.float64)
+    finite: list[float] = values[np.isfinite(values)].tolist()
+    return (finite if values.ndim else finite[0]) if finite else None
 
 
 def given_logits(

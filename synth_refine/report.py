@@ -67,7 +67,8 @@ class Review:
         image: Gives the decoded real image of a row; an `InputError` of it stands in the page instead of the image.
         synthetic_image: The same for synthetic images.
         synthetic_labels: The class each synthetic image was made for, (M,) integers in [0, C).
-        threshold: Smallest confidence that changes a label; None where the rule has no such number.
+        threshold: Smallest confidence that changes a label, one number or those of the classes, of which the charts
+            show the mean; None where the rule has no such number.
         sweep: What other thresholds would do; may be empty.
         quality: What is unfit in the synthetic set; None where it was not looked at.
         notes: Further numbers and facts to show, by name.
@@ -84,7 +85,7 @@ class Review:
     image: Callable[[int], Image.Image]
     synthetic_image: Callable[[int], Image.Image]
     synthetic_labels: NDArray[np.int64]
-    threshold: float | None = None
+    threshold: float | Sequence[float] | None = None
     sweep: Sequence[SweepRow] = ()
     quality: Quality | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +136,7 @@ def write_report(review: Review, folder: str | os.PathLike[str], title: str = "R
         flows=_flows(review),
         histogram=_histogram(review),
         sweep=_sweep(review),
+        threshold=_threshold(review)[1],
         quality=_quality(review),
         unfit=[(sources[place], *rest) for place, *rest in unfit],
         data=data | {"thumbs": sources},
@@ -400,13 +402,29 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def _threshold(review: Review) -> tuple[float | None, str]:
+    """Where the charts draw the threshold, and what they call it."""
+    values = np.atleast_1d(np.asarray([] if review.threshold is None else review.threshold, dtype=np.float64))
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None, ""
+    mean, low, high = float(values.mean()), values.min(), values.max()
+    if low == high:
+        return mean, f"threshold {mean:.3g}"
+    return (
+        mean,
+        f"mean of the classes' thresholds, {mean:.3g} ({low:.3g} to {high:.3g}); what counts is the new class's",
+    )
+
+
 def _histogram(review: Review) -> dict[str, Any] | None:
     """How sure the proposed and the undecided changes are, in 25 bins over 560 by 200 pixels."""
+    threshold, _ = _threshold(review)
     known = np.isfinite(review.confidence) & (review.action != "keep")
     values, change = review.confidence[known], review.action[known] == "change"
     if not values.size:
         return None
-    limits = [*values.tolist(), *([review.threshold] if review.threshold is not None else [])]
+    limits = [*values.tolist(), *([threshold] if threshold is not None else [])]
     low, high = (0.0, 1.0) if min(limits) >= 0 and max(limits) <= 1 else (min(limits), max(limits))
     high = high if high > low else low + 1
     edges = np.linspace(low, high, 26)
@@ -426,7 +444,7 @@ def _histogram(review: Review) -> dict[str, Any] | None:
         ],
         "across": [(across(tick), f"{tick:g}") for tick in _ticks(low, high)],
         "up": [(200 - tick * unit, f"{tick:,.0f}") for tick in _ticks(0, top, 4) if tick == int(tick)],
-        "threshold": None if review.threshold is None else across(review.threshold),
+        "threshold": None if threshold is None else across(threshold),
         "abstained": bool((~change).any()),
     }
 
@@ -449,7 +467,8 @@ def _sweep(review: Review) -> dict[str, Any] | None:
         points = [place(row, getattr(row, name)) for row in rows if math.isfinite(getattr(row, name))]
         if points:
             lines.append({"name": name, "text": text, "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points)})
-    threshold = review.threshold if review.threshold is not None and low <= review.threshold <= high else None
+    threshold, _ = _threshold(review)
+    threshold = threshold if threshold is not None and low <= threshold <= high else None
     return {
         "lines": lines,
         "rows": rows,

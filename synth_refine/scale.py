@@ -171,12 +171,13 @@ def refine_shards(
     rule = make_rule(prototypes, threshold, head, weight, logits is not None)
     shards = cut_shards(features, given, logits, shard_rows)
     _check_width(shards[0], rule)
-    root = Path(out)
-    (root / "shards").mkdir(parents=True, exist_ok=True)
     config = _config(rule, shards)
+    root = Path(out)
+    root.mkdir(parents=True, exist_ok=True)
     config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     with locked(root):
         _settle_config(root, config)
+        (root / "shards").mkdir(exist_ok=True)
         done = _verified(root, shards, config_hash)
         todo = [shard for shard in shards if shard.number not in done]
         reused = len(done)
@@ -442,8 +443,8 @@ def _shown(layout: list[int]) -> str:
     return f"[{', '.join(map(str, layout[:4]))}{', ...' if len(layout) > 4 else ''}]"
 
 
-def read_chunks(name: str, piece: Piece, step: int, width: int | None = None) -> Iterator[NDArray[Any]]:
-    """The rows of a piece, `step` at a time: (n, width), or (n,) without a width.
+def read_chunks(name: str, piece: Piece, step: int, width: int | str | None = None) -> Iterator[NDArray[Any]]:
+    """The rows of a piece, `step` at a time: (n, width), a letter for any, or (n,) without a width.
 
     Every chunk of a .npy file is a map of its own, so that the pages of the one before no longer count as resident.
     """
@@ -489,7 +490,10 @@ def _matrix(name: str, path: str, column: Any) -> NDArray[Any]:
 def _check_width(shard: Shard, rule: Rule) -> None:
     """Fail before the first shard where no shard could fit."""
     width, num_classes = rule.directions.shape
-    next(read_chunks("features", shard.features, 1, width))
+    found = next(read_chunks("features", shard.features, 1, "D")).shape[1]
+    if found != width:
+        where = f"({num_classes}, {found}) like the features in {shard.features.path}"
+        raise InputError(f"prototypes: expected shape {where}, got ({num_classes}, {width})")
     next(read_chunks("given", shard.given, 1))
     if shard.logits is not None:
         next(read_chunks("logits", shard.logits, 1, num_classes))
@@ -521,9 +525,10 @@ def _digest(data: bytes) -> str:
 def _settle_config(root: Path, config: dict[str, Any]) -> None:
     """Write down the configuration, or make sure that it is the one of the shards that are there."""
     path = root / "config.json"
-    if not path.exists():
-        if others := [one.name for one in (*root.iterdir(), *(root / "shards").iterdir()) if _is_foreign(one.name)]:
-            raise InputError(f"out: expected a new or empty folder, but {root} holds {others[0]}")
+    others = [one.name for one in (*root.iterdir(), *(root / "shards").glob("*")) if _is_foreign(one.name)]
+    if others and not path.exists():
+        raise InputError(f"out: expected a new or empty folder, but {root} holds {others[0]}")
+    if not any((root / "shards").glob("*.parquet")):  # new, or an input was refused before the first shard was done
         with write_atomic(path) as file:
             file.write(json.dumps({"config": config, "versions": versions()}, indent=1).encode() + b"\n")
         return

@@ -55,6 +55,19 @@ def test_a_second_view_is_heard_and_what_it_gets_wrong_is_seen_through():
     assert wrong_both < 0.5 * (answer != true).mean()
 
 
+def test_a_second_view_may_say_anything_of_images_that_are_skipped():
+    features, given, anchors, anchor_labels, true = problem(count=60)
+    features[7] = np.nan
+    view = np.eye(4, dtype=np.float32)[true]
+    expected = anchored_posterior(features, given, anchors, anchor_labels, second_view=view)
+    view[7] = np.nan
+    found = anchored_posterior(features, given, anchors, anchor_labels, second_view=view)
+    np.testing.assert_array_equal(found.posterior, expected.posterior)
+    view[8] = np.inf
+    with pytest.raises(InputError, match="second_view: expected finite numbers, got a non-finite one in row 8"):
+        anchored_posterior(features, given, anchors, anchor_labels, second_view=view)
+
+
 def test_linear_heads():
     features, given, anchors, anchor_labels, true = problem(noise=0.7)
     linear = anchored_posterior(features, given, anchors, anchor_labels, hidden=0)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import io
 import json
 import os
 import re
 import shlex
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from synth_refine import cli
+from synth_refine import cli, export, scale
 from synth_refine.artifact import read_artifact
 from synth_refine.labels import read_labels, read_labels_and_ids, write_labels
 
@@ -92,6 +95,20 @@ def test_the_anchored_refiner_says_why(folder: Path, capsys: pytest.CaptureFixtu
     assert artifact.run["settings"] == {"refiner": "anchored", "seed": 0, "force": False}
     assert set(artifact.run["inputs"]) == {"features", "given", "anchors", "anchor_labels", "encoder"}
     assert bool((artifact.margin[artifact.changed] > 0).all())
+
+
+def test_anchors_without_features_are_left_out_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    anchors = np.load("synthetic.npy")
+    anchors[[0, 4]] = np.nan
+    np.save("synthetic.npy", anchors)
+    assert cli.main(example("refine")[1]) == 0
+    assert "2 of 30 anchors are left out: their features are not finite\n" in capsys.readouterr().err
+    assert read_artifact("refined").labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    anchors[2::3] = np.nan  # all of the last class
+    np.save("synthetic.npy", anchors)
+    assert cli.main([*example("refine")[1][:-1], "again"]) == 3
+    message = "synth-refine: anchor_labels: expected at least one image per class, got none for class 2\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +196,10 @@ def test_diff_lists_the_changes(refined: Path, capsys: pytest.CaptureFixture[str
 def test_verify_finds_problems(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "refined", "--labels", "given.npy"]) == 1
     assert re.fullmatch(r"synth-refine: labels: .* 15 of 60 differ, the first in row 0\n", capsys.readouterr().err)
+    write_labels("short.csv", read_labels("labels.npy")[1:])
+    assert cli.main(["verify", "refined", "--labels", "short.csv"]) == 1
+    message = "synth-refine: labels: expected the 60 labels that this artifact is about, got 59\n"
+    assert capsys.readouterr().err == message
     with open("refined/labels.npy", "ab") as file:
         file.write(b"\0")
     assert cli.main(["verify", "refined"]) == 1
@@ -188,6 +209,20 @@ def test_verify_finds_problems(refined: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["verify", "nothing"]) == 3
     assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "new.npy"]) == 3
     assert not Path("new.npy").exists()
+
+
+def test_the_folder_of_a_run_is_no_artifact_but_holds_one(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("result").mkdir()
+    Path("refined").rename("result/refined")
+    assert cli.main(["apply", "result", "--given", "given.npy", "--out", "new.npy"]) == 3
+    message = "synth-refine: artifact: result is the result of a run; its artifact is result/refined\n"
+    assert capsys.readouterr().err == message
+
+
+def test_revert_says_which_decisions_it_wants() -> None:
+    texts = [help_of(command).split("--decisions CSV")[-1].split("\n  --")[0] for command in ("apply", "revert")]
+    assert "stays as given" in " ".join(texts[0].split())
+    assert "is turned back" in " ".join(texts[1].split())
 
 
 def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +300,46 @@ def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixtu
     assert "no image is left in class 1, 2" in capsys.readouterr().err
 
 
+def test_help_and_wrong_usage_wait_for_no_heavy_import() -> None:
+    commands = [*COMMANDS, "run", "report", "embed", "generate"]
+    calls = [
+        ["--help"],
+        [],
+        ["guess"],
+        *([name, "--help"] for name in commands),
+        ["run", "photos"],
+        ["embed", "photos"],
+    ]
+    calls.append([*example("refine")[1], "--refiner", "paper"])
+    script = f"""if True:
+        import sys
+        import synth_refine
+        from synth_refine.cli import main
+        for arguments in {calls!r}:
+            try:
+                main(arguments)
+            except SystemExit:
+                continue
+            raise AssertionError(arguments)
+        print("heavy:", sorted({{"torch", "numpy", "PIL", "yaml"}} & set(sys.modules)))
+        from synth_refine import Refinement, class_prototypes, refine_labels
+        print("torch" in sys.modules, hasattr(synth_refine, "nothing"))
+        """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["heavy: []", "True False"]
+
+
+def test_what_the_parser_offers_is_what_there_is() -> None:
+    assert tuple(export.FORMATS) == cli.FORMATS
+    assert f"({scale.SHARD_ROWS})" in next(line for line in help_of("scale").splitlines() if "per shard" in line)
+
+
+def help_of(command: str) -> str:
+    with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as text:
+        cli.main([command, "--help"])
+    return text.getvalue()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -274,6 +349,10 @@ def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixtu
         ["refine", "--thresh", "1"],
         ["refine", *(word for name in FILES for word in (name, "x")), "--out", "x", "--threshold", "nan"],
         ["export", "a", "--format", "json-records", "--out", "b"],
+        [*example("scale")[1], "--logits", "logits.npy"],
+        ["run", "photos"],
+        ["run", "--out", "b"],
+        ["embed", "--out", "b"],
     ],
 )
 def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +360,28 @@ def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixtu
         cli.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_wrong_number_is_told_in_plain_words(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in (
+        (["run", "photos", "--out", "b", "--threshold", "much"], "expected auto or a finite number, got 'much'"),
+        ([*example("scale")[0], "--threshold", "inf"], "expected a finite number, got 'inf'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert capsys.readouterr().err.endswith(f"error: argument --threshold: {expected}\n")
+
+
+def test_it_is_said_before_a_hub_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["embed", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--encoder"]
+    assert cli.main([*command, "timm:resnet18"]) == 3
+    assert capsys.readouterr().err.startswith("timm:resnet18 is taken from this machine or else from its hub; HF_HUB_")
+    assert cli.main([*command, str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("synth-refine: images: expected a folder")
+
+
+def test_run_shows_what_it_cannot_do_without() -> None:
+    assert help_of("run").startswith("usage: synth-refine run IMAGES --out FOLDER [options]\n")
 
 
 def test_what_is_in_the_way_is_reported(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +406,15 @@ def test_an_interrupt_is_no_traceback(
     assert cli.main(example("refine")[0]) == 130
     assert capsys.readouterr().err.startswith("synth-refine: interrupted")
     assert files(refined) == before
+
+
+def test_an_interrupt_while_torch_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "synth_refine.commands", Interrupted())
+    assert cli.main(["env"]) == 130
 
 
 def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:

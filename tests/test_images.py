@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from torch import Tensor
 
 from synth_refine import InputError
 from synth_refine.encode import Preprocess
-from synth_refine.images import content_hashes, decode, embed_images, fitted, open_images, read_classes
+from synth_refine.images import (
+    HubRows,
+    TarMembers,
+    content_hashes,
+    decode,
+    embed_images,
+    fitted,
+    open_images,
+    read_classes,
+)
 
 RED = (250, 10, 20)
 
@@ -65,8 +76,22 @@ def test_cmyk_is_converted() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_and_not_clipped(kind: str) -> None:
-    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     assert np.asarray(decode(data(Image.fromarray(values), kind)))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)])
+def test_eight_bits_in_a_wider_file_are_not_black(kind: str, dtype: type) -> None:
+    values = np.array([[0, 100, 255]], dtype=dtype)
+    assert np.asarray(decode(data(Image.fromarray(values), kind)))[0, :, 2].tolist() == [0, 100, 255]
+
+
+def test_thirty_two_bits_are_scaled_as_sixteen_where_these_are_enough() -> None:
+    wide = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32))
+    assert np.asarray(decode(data(wide, "TIFF")))[0, :, 0].tolist() == [0, 1, 255]
+    wider = Image.fromarray(np.array([[0, 65536]], dtype=np.int32))
+    with pytest.raises(InputError, match="image: expected at most 16 bits per pixel, got values 0 to 65536"):
+        decode(data(wider, "TIFF"))
 
 
 def test_transparent_pixels_become_white_whatever_is_below_them() -> None:
@@ -166,6 +191,23 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
     assert open_images(tmp_path, ["dog", "bird", "cat"]).labels.tolist() == [2, 2, 0]
 
 
+def test_every_usual_name_of_an_image_is_found(tmp_path: Path) -> None:
+    names = ["1.jfif", "2.jpe", "3.avif", "4.pgm", "5.JPG", "6.apng"]
+    kinds = ["JPEG", "JPEG", "AVIF", "PPM", "JPEG", "PNG"]
+    (tmp_path / "cat").mkdir()
+    for name, kind in zip(names, kinds, strict=True):
+        (tmp_path / "cat" / name).write_bytes(data(Image.new("RGB", (8, 8), RED), kind))
+    images = open_images(tmp_path)
+    assert images.ids == [f"cat/{name}" for name in names]
+    assert all(close(images.image(row), RED) for row in range(len(names)))
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
+    save(tmp_path, "cat/1.png", "cat/caf\udce9.png")
+    with pytest.raises(InputError, match=r"images: expected names in UTF-8, got b'cat/caf\\xe9\.png'; rename it"):
+        open_images(tmp_path)
+
+
 @pytest.mark.parametrize("label", ["names", "numbers"])
 def test_a_table_of_paths_and_labels(tmp_path: Path, label: str) -> None:
     files = save(tmp_path, "x/2.png", "x/1.png")
@@ -240,6 +282,16 @@ def test_a_caption_is_no_label_where_there_is_one(tmp_path: Path) -> None:
     assert open_images(tmp_path / "a.tar").classes == ("dog",)
 
 
+@pytest.mark.parametrize(("label", "shown"), [(None, "null"), (True, "true"), (1.5, "1.5"), (["cat"], '["cat"]')])
+def test_a_json_label_that_is_none_is_refused(tmp_path: Path, label: object, shown: str) -> None:
+    shard(tmp_path / "a.tar", {"x.png": data(noise(0)), "x.json": json.dumps({"label": label}).encode()})
+    with pytest.raises(
+        InputError, match=r"a\.tar has no label in x\.json: .*expected a number or a name, got"
+    ) as caught:
+        open_images(tmp_path / "a.tar")
+    assert shown in str(caught.value)
+
+
 @pytest.mark.parametrize("source", ["pipe:cat x.tar", "https://example.org/x.tar"])
 def test_no_program_is_started_and_nothing_fetched(source: str) -> None:
     with pytest.raises(InputError, match="images: expected local files"):
@@ -267,6 +319,17 @@ def test_a_dataset_in_memory_on_disk_and_as_parquet(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(InputError, match="images: expected one split, got train"):
         open_images(tmp_path / "splits")
+
+
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "cow"], ["cat"]])
+def test_parquet_shards_that_number_their_classes_otherwise_are_refused(tmp_path: Path, names: list[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    for number, classes in enumerate([["cat", "dog"], names]):
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        rows = {"img": [{"bytes": data(noise(number)), "path": None}], "label": [0]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{number}.parquet"))
+    with pytest.raises(InputError, match=r"images: expected the class .* of .*0\.parquet in .*1\.parquet too, got"):
+        open_images(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +404,69 @@ def test_bad_images_stay_rows_and_say_why(tmp_path: Path, workers: int) -> None:
             assert np.isnan(features[row]).all()
         else:
             assert np.allclose(features[row], np.asarray(noise(row)).mean(axis=(0, 1)), atol=1e-3)
+
+
+def test_a_damaged_page_and_a_cut_off_shard_are_bad_rows(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": [data(noise(row)) for row in range(6)], "label": ["cat"] * 6}
+    place = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), place, row_group_size=2, compression="snappy", use_dictionary=False)
+    start = pq.ParquetFile(place).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(place.read_bytes())
+    content[start : start + 64] = b"\xff" * 64
+    place.write_bytes(content)
+    images = open_images(place)
+    features, bad = embed_images(Mean(), images, tmp_path / "kept", workers=1)
+    assert sorted(bad) == np.flatnonzero(np.isnan(features).any(axis=1)).tolist() == [2, 3]
+    assert "image: row group 1 of " in bad[2]
+    assert "a.parquet cannot be read" in bad[3]
+
+    shard(tmp_path / "b.tar", {f"{row}.{end}": part for row in range(3) for end, part in parts(row).items()})
+    images = open_images(tmp_path / "b.tar")
+    assert isinstance(images.read, TarMembers)
+    os.truncate(tmp_path / "b.tar", images.read.places[2][1] + 5)
+    _, bad = embed_images(Mean(), images, tmp_path / "kept")
+    assert list(bad) == [2]
+    assert re.search(r"b\.tar was cut off: expected \d+ bytes from byte \d+ on, got 5", bad[2])
+
+
+def test_a_row_that_a_dataset_cannot_give_is_a_bad_row() -> None:
+    with pytest.raises(InputError, match="image: row 3 of the dataset cannot be read, KeyError"):
+        HubRows({3: {"img": b""}}, "image")(3)
+
+
+def parts(row: int) -> dict[str, bytes]:
+    return {"png": data(noise(row)), "cls": b"0"}
+
+
+def test_a_file_that_fails_while_it_is_read_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    save(tmp_path, "cat/1.png", "cat/2.png")
+    images = open_images(tmp_path)
+    monkeypatch.setattr(
+        "synth_refine.images.open_plain",
+        lambda _, path: (Failing if path.name == "1.png" else io.BytesIO)(path.read_bytes()),
+    )
+    assert content_hashes(images)[0] == ""
+    _, bad = embed_images(Mean(), images, tmp_path / "kept")
+    assert bad == {0: f"image: cannot be read, Input/output error: {tmp_path / 'cat' / '1.png'}"}
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "cat/1.png", "dog/2.png")
+    scan = os.scandir
+
+    def refusing(path: str) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"images: cannot be read, Permission denied: .*dog"):
+        open_images(tmp_path)
 
 
 def test_images_of_any_size_come_to_the_size_of_the_encoder(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import html
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +212,39 @@ def test_the_page_shows_numbers_charts_and_pictures(small: Path, visit: Callable
     assert "made as cat, looks like frog" in tab.locator(".unfit").inner_text()
     tab.evaluate("document.querySelectorAll('img').forEach((image) => (image.loading = 'eager'))")
     until(tab, "[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+
+
+def test_thresholds_of_the_classes_are_told_apart_from_one(tmp_path: Path) -> None:
+    def legends(threshold: Any) -> list[str]:
+        page = write_report(replace(review_of(), threshold=threshold), tmp_path).read_text()
+        return [html.unescape(text) for text in re.findall('<span class="key key-threshold">(.*?)</span>', page)]
+
+    assert legends(0.6) == ["threshold 0.6", "threshold 0.6"]
+    mean = "mean of the classes' thresholds, 0.6 (0.5 to 0.7); what counts is the new class's"
+    assert legends([0.5, 0.7, np.inf]) == [mean, mean]
+    assert legends([np.inf, np.inf, np.inf]) == legends(None) == []
+
+
+def luminance(color: str) -> float:
+    """Of WCAG 2, in [0, 1]."""
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [0, 1])
+def test_colors_can_be_told_from_what_is_behind_them(dark: int) -> None:
+    css = resources.files("synth_refine").joinpath("page", "page.css").read_text("utf-8")
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", css)
+    colors = {name: pair[dark] for name, *pair in found}
+    shades = ("accent", "accept", "reject", "correct")
+    text = [(name, behind) for name in ("text", "dim", *shades) for behind in ("back", "panel")]
+    text += [("text", "warn"), *(("on-accent", shade) for shade in shades)]
+    graphics = [(name, "panel") for name in ("edge", "change", "abstain")]
+    for pairs, least in ((text, 4.5), (graphics, 3.0)):
+        for name, behind in pairs:
+            low, high = sorted(luminance(colors[one]) for one in (name, behind))
+            assert (high + 0.05) / (low + 0.05) >= least, (name, behind)
 
 
 def test_filters_and_sorting(small: Path, visit: Callable[..., Any]) -> None:

@@ -201,6 +201,7 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
     (tmp_path / "thesis" / "chapter.tex").touch()
     with pytest.raises(InputError, match="expected a new or empty folder.*chapter.tex"):
         refine_shards(*inputs, tmp_path / "thesis")
+    assert list((tmp_path / "thesis").iterdir()) == [tmp_path / "thesis" / "chapter.tex"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,8 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
         ({"given": "short.npy"}, "given: expected 250 rows like the features, got 249"),
         ({"given": "high.npy"}, "given in .*: expected classes 0 to 5, got 6 in row 0"),
         ({"features": "given.npy"}, "features: expected numbers, but"),
-        ({"features": "logits.npy"}, r"features in .*: expected shape \(n, 8\), got"),
+        ({"features": "logits.npy"}, r"prototypes: expected shape \(6, 6\) like the features in .*, got \(6, 8\)"),
+        ({"features": "given"}, "features: expected numbers, but .* holds int64"),
         ({"features": "nothing"}, "features: expected .npy or .parquet files in the folder"),
         ({"logits": "features.npy"}, r"logits in .*: expected shape \(n, 6\), got"),
         ({"logits": "features"}, r"logits: expected files with the rows of the features' \[250\], got \[60, 100, 90\]"),
@@ -231,6 +233,16 @@ def test_bad_inputs_are_named_in_one_line(change: dict[str, Any], message: str, 
     with pytest.raises(InputError, match=message) as caught:
         refine_shards(prototypes=data.prototypes, threshold=0.4, out=tmp_path / "out", **arguments)
     assert "\n" not in str(caught.value)
+    assert (tmp_path / "out").exists() == ("classes 0 to 5" in message)  # labels are read as they are needed
+
+
+def test_after_a_refused_input_the_folder_takes_the_mended_one(data: Data, tmp_path: Path) -> None:
+    np.save(tmp_path / "given.npy", data.given * 0 + CLASSES)
+    inputs = (data.root / "features.npy", tmp_path / "given.npy", data.prototypes, 0.4, tmp_path / "out")
+    with pytest.raises(InputError, match="expected classes 0 to 5, got 6 in row 0"):
+        refine_shards(*inputs)
+    np.save(tmp_path / "given.npy", data.given)
+    assert refine_shards(*inputs).shards == 1
 
 
 def arguments(data: Data, out: Path, *more: str) -> list[str]:
