@@ -114,7 +114,7 @@ def published_filter(evidence: Evidence, *, at_random: bool = False) -> Tensor:
     decision = refine_labels(evidence.features, evidence.logits, prototypes, PUBLISHED_FILTER["threshold"])
     flagged = decision.apply(evidence.given) != evidence.given
     rank = torch.as_tensor(decision.confidence).double() + 2  # after every flagged image, whose rank is below 1
-    rank[flagged] = torch.arange(len(rank), device=rank.device)[flagged] / len(rank)
+    rank[flagged] = torch.arange(len(rank)).to(rank)[flagged] / len(rank)
     if at_random:
         rank = torch.rand(len(rank), generator=torch.Generator().manual_seed(evidence.seed)).to(rank)
     labels = evidence.given.clone()

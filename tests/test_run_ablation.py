@@ -1,6 +1,7 @@
 """Studies: one record each, resumed at the next setting, shown as a table and a picture."""
 
 import pytest
+import torch
 from conftest import command
 
 from benchmarks import refiners, run_ablation
@@ -59,6 +60,21 @@ def test_discarding_takes_the_same_number_from_every_class(arrays, tmp_path, mon
     noise = {point["value"]: point["labels"]["noise_after"] for point in record["points"]}
     assert noise["published filter"] < noise["random discard"]
     assert all(0 <= point["test_accuracy"]["last"] <= 1 for point in record["points"])
+
+
+def test_the_filter_first_discards_what_the_rule_would_relabel_in_its_order(monkeypatch):
+    monkeypatch.setitem(run_ablation.PUBLISHED_FILTER, "per_class", 2)
+    looks = torch.tensor([0, 0, 1, 0, 1, 1])  # of images that are all labelled 0
+    evidence = refiners.Evidence(
+        torch.eye(2)[looks],
+        9 * torch.eye(2)[looks],
+        torch.zeros(6, dtype=torch.int64),
+        torch.eye(2),
+        torch.arange(2),
+        2,
+    )
+    labels = run_ablation.published_filter(evidence)
+    assert (labels == run_ablation.DISCARDED).tolist() == [False, False, True, False, True, False]
 
 
 def test_studies_that_cannot_run_say_why(arrays, tmp_path, capsys):
