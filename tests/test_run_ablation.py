@@ -65,14 +65,7 @@ def test_discarding_takes_the_same_number_from_every_class(arrays, tmp_path, mon
 def test_the_filter_first_discards_what_the_rule_would_relabel_in_its_order(monkeypatch):
     monkeypatch.setitem(run_ablation.PUBLISHED_FILTER, "per_class", 2)
     looks = torch.eye(2)[[0, 0, 1, 0, 1, 1]]  # of images that are all labelled 0
-    evidence = refiners.Evidence(
-        torch.eye(2)[looks],
-        9 * torch.eye(2)[looks],
-        torch.zeros(6, dtype=torch.int64),
-        torch.eye(2),
-        torch.arange(2),
-        2,
-    )
+    evidence = refiners.Evidence(looks, 9 * looks, torch.zeros(6, dtype=torch.int64), torch.eye(2), torch.arange(2), 2)
     labels = run_ablation.published_filter(evidence)
     assert (labels == run_ablation.DISCARDED).tolist() == [False, False, True, False, True, False]
 
