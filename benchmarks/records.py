@@ -17,6 +17,7 @@ from torch import Tensor
 
 from synth_refine import InputError
 from synth_refine.files import write_atomic
+from third_party.parallel import processes
 
 Record: TypeAlias = "dict[str, Any]"
 
@@ -50,6 +51,7 @@ def environment(device: torch.device | None = None) -> Record:
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes()[1],
     }
 
 

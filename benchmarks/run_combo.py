@@ -3,6 +3,7 @@
 python benchmarks/run_combo.py --method plc
 python benchmarks/run_combo.py --method standard,plc --refine none,paper,zero-shot --seeds 0,1,2 methods.plc.epochs=30
 python benchmarks/run_combo.py --method plc --data arrays.npz --given labels.npy
+torchrun --nproc_per_node 2 benchmarks/run_combo.py --method lra-clip
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ if not __package__:  # started by its path; "adapters" is also the name of a pac
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, distributed
 
 from adapters import ADAPTERS, SOFT_LABELS, Split, check_options
 from adapters.lra_diffusion import named_clip
@@ -36,6 +40,7 @@ from benchmarks.table import table
 from synth_refine import InputError
 from synth_refine.encode import embed_cached
 from synth_refine.files import file_hash
+from third_party.parallel import first_process_first, from_first, processes
 
 CONFIGS = Path(__file__).parent / "configs"
 KEYS = {
@@ -216,11 +221,27 @@ def _names(argument: str, asked: str | None, default: list[str], known: Mapping[
     return list(dict.fromkeys(names))
 
 
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started; without it there is nothing to join."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The others wait while the first one embeds images or trains a SimCLR encoder; torchrun ends all when one fails.
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Record]:
     """Yield the record of every run, in order; those that have one are not run again."""
     refined: Refined | None = None
     for run in runs:
-        if run.path.exists():
+        if from_first(torch.tensor(run.path.exists(), device=arguments.device)):
             yield from read_records([run.path])
             continue
         if refined is None or refined.given != run.labels:
@@ -302,7 +323,7 @@ class Refined:
         if refiner not in self._labels:
             evidence, options = self.evidence, _settings(self._config, "", refiner)["refiner"]
             start = time.perf_counter()
-            labels = REFINERS[refiner](evidence, **options)
+            labels = from_first(REFINERS[refiner](evidence, **options))
             self._labels[refiner] = labels, time.perf_counter() - start
         return self._labels[refiner]
 
@@ -319,7 +340,9 @@ class Refined:
         if encoder == "given":
             return task.train.inputs, task.synthetic.inputs, None
         clip = named_clip(encoder, self._config.get("encoder_weights", ""), task.train.inputs.device)
-        features, synthetic = (embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic))
+        with first_process_first():
+            parts = [embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic)]
+        features, synthetic = parts
         return features, synthetic, clip.text_prototypes(self.benchmark.class_names)
 
 
@@ -329,7 +352,10 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
     labels, refine_seconds = refined.labels(run.refiner)
     if run.method == "relabel":
         task = dataclasses.replace(task, initial=refined.initial.weights)
-    checkpoint = refined.work / f"{run.path.stem}.safetensors"
+    rank, count = processes()
+    checkpoint: Path | None = refined.work / f"{run.path.stem}.safetensors"
+    if run.method == "plc" and count > 1:  # its window is spread over the processes
+        checkpoint = None
     start = time.perf_counter()
     outcome = ADAPTERS[run.method](task, labels, run.settings["method"], run.labels.seed, checkpoint)
     train_seconds = time.perf_counter() - start
@@ -350,11 +376,14 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
         "test_accuracy": outcome.test_accuracy,
         "history": outcome.history,
     }
+    if rank > 0:
+        return record
     try:
         write_record(run.path, record)
     except FileExistsError:  # another process with the same command was faster
         [record] = read_records([run.path])
-    checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return record
 
 
@@ -406,6 +435,8 @@ def resolve_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fill in the device and the config's path, and read the config."""
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -447,17 +478,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     records = []
     try:
-        for run, record in zip(runs, execute(runs, config, options), strict=True):
-            records.append(record)
-            accuracy = ", ".join(f"{name} {value:.2%}" for name, value in record["test_accuracy"].items())
-            print(f"{run.labels.noise} {run.method} {run.refiner} seed {run.labels.seed}: {accuracy}", file=sys.stderr)
+        with process_group(torch.device(options.device)):
+            first = processes()[0] == 0
+            for run, record in zip(runs, execute(runs, config, options), strict=True):
+                records.append(record)
+                accuracy = ", ".join(f"{choice} {value:.2%}" for choice, value in record["test_accuracy"].items())
+                name = f"{run.labels.noise} {run.method} {run.refiner} seed {run.labels.seed}"
+                if first:
+                    print(f"{name}: {accuracy}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    print(json.dumps(records, indent=1) if options.json else table(records))
+    if first:
+        print(json.dumps(records, indent=1) if options.json else table(records))
     return 0
 
 
