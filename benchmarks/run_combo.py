@@ -128,6 +128,12 @@ def _check_types(config: Mapping[str, Any]) -> None:
     for name, kinds in {"threshold": (int, float), "weight": (int, float), "synthetic_per_class": (int,)}.items():
         if name in config and not isinstance(config[name], kinds):
             raise InputError(f"{name}: expected a number, got {config[name]!r}")
+    weight = config.get("weight", 0.5)
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
+    threshold = config.get("threshold", 0)
+    if not -weight <= threshold <= 1:
+        raise InputError(f"threshold: expected a score, in [{-weight:g}, 1] at weight {weight:g}, got {threshold}")
     for seed in _list(config.get("seeds", 0)):
         if not isinstance(seed, int) or seed < 0:
             raise InputError(f"seeds: expected integers from 0, got {seed!r}")
