@@ -34,7 +34,16 @@ from adapters import ADAPTERS, SOFT_LABELS, Split, check_options
 from adapters.lra_diffusion import named_clip
 from adapters.standard import InitialClassifier, initial_classifier
 from benchmarks import data
-from benchmarks.records import Record, digest, environment, read_records, tensor_digest, write_record
+from benchmarks.records import (
+    Record,
+    content_digest,
+    digest,
+    environment,
+    read_records,
+    tensor_digest,
+    weights_used,
+    write_record,
+)
 from benchmarks.refiners import REFINERS, SOFT_REFINERS, Evidence
 from benchmarks.table import table
 from synth_refine import InputError
@@ -183,7 +192,11 @@ def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> li
         raise InputError(f"dataset: expected a name in {arguments.config}, or --data, got neither")
     source: dict[str, str | None] = {"data": _file_hash("data", arguments.data)}
     if not arguments.data:
-        source = {"dataset": config.get("dataset"), "synthetic": arguments.synthetic and str(arguments.synthetic)}
+        synthetic = arguments.synthetic
+        if synthetic is None and config["dataset"] in data.CIFAR:
+            synthetic = arguments.data_root / "synthetic" / config["dataset"]
+        there = synthetic is not None and synthetic.exists()
+        source = {"dataset": config["dataset"], "synthetic": content_digest(synthetic) if there else None}
     return [
         GivenLabels(noise, path, int(seed), folder, {**source, "given": _file_hash("given", path)})
         for noise, path in noises
@@ -201,6 +214,9 @@ def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str,
         if "encoder_weights" in config:
             settings["encoder_weights"] = config["encoder_weights"]
         settings["synthetic_per_class"] = config.get("synthetic_per_class")
+    weights = {**weights_used(settings["method"]), **(weights_used(config) if refiner != "none" else {})}
+    if weights:
+        settings["weights_used"] = weights
     if refiner != "none" or method == "relabel":
         settings["initial"] = config.get("initial") or {}
     return settings
