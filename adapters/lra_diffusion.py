@@ -21,6 +21,7 @@ from synth_refine.files import read_npy, write_atomic
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
 from third_party.lra_diffusion import Config, LabelDiffusion, Predict, nearest
+from third_party.parallel import first_process_first, processes
 from third_party.resnet import Classifier, input_statistics
 
 GLYPH_CLIP = Path(__file__).resolve().parents[1] / "benchmarks" / "glyph_clip"
@@ -116,15 +117,18 @@ def run_simclr(
 def _trained(model: simclr.SimCLR, images: Tensor, recipe: simclr.Config, seed: int, cache: Path | None) -> Path | None:
     """Train the model, unless the cache has the weights that would come out; their file, if there is a cache."""
     if cache is None:
+        if processes()[1] > 1:
+            raise InputError("cache: expected a folder where several processes take one encoder from, got none")
         simclr.train(model, images, recipe, seed=seed)
         return None
     about = f"{images_hash(images)} {recipe} {seed}"
     weights = cache / f"simclr-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
-    if not weights.exists():
-        partial = weights.with_suffix(".checkpoint")
-        simclr.train(model, images, recipe, seed=seed, checkpoint=partial)
-        simclr.export(model, weights)
-        partial.unlink()
+    with first_process_first():
+        if not weights.exists():
+            partial = weights.with_suffix(".checkpoint")
+            simclr.train(model, images, recipe, seed=seed, checkpoint=partial)
+            simclr.export(model, weights)
+            partial.unlink()
     return weights
 
 
@@ -173,7 +177,10 @@ def _run(
     def frozen(split: Split) -> Tensor:
         if encoder is None or len(split.inputs) == 0:
             return split.inputs.float()
-        return encoder.embed(split.inputs) if cache is None else embed_cached(encoder, split.inputs, cache)
+        if cache is None:
+            return encoder.embed(split.inputs)
+        with first_process_first():
+            return embed_cached(encoder, split.inputs, cache)
 
     features = frozen(task.train)
     neighbours = _neighbours(features, config, cache)
@@ -222,14 +229,14 @@ def _run(
 
 def _neighbours(features: Tensor, config: Config, cache: Path | None) -> Tensor:
     """Neighbours from the cache where they lie; they depend on the features alone, never on labels."""
-    path = None
-    if cache is not None:
-        key = f"{images_hash(features)} {config.neighbours} {config.exclude_self}"
-        path = cache / f"neighbours-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if cache is None:
+        return nearest(features, config.neighbours, exclude_self=config.exclude_self)
+    key = f"{images_hash(features)} {config.neighbours} {config.exclude_self}"
+    path = cache / f"neighbours-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    with first_process_first():
         if path.exists():
             return torch.from_numpy(np.array(read_npy("neighbours", path, "i"))).to(features.device)
-    found = nearest(features, config.neighbours, exclude_self=config.exclude_self)
-    if path is not None:
+        found = nearest(features, config.neighbours, exclude_self=config.exclude_self)
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomic(path) as file:
             np.save(file, found.cpu().numpy(), allow_pickle=False)

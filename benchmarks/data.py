@@ -24,6 +24,7 @@ from synth_refine import InputError, noise
 from synth_refine.files import open_plain
 from synth_refine.generate import render_glyphs
 from synth_refine.labels import as_labels, read_labels, transition_matrix
+from third_party.parallel import first_process_first
 
 Labels = NDArray[np.int64]
 
@@ -435,7 +436,8 @@ def _cifar_images(dataset_class: str, root: Path) -> tuple[dict[str, Tensor], di
 
     kind = getattr(datasets, dataset_class)
     try:
-        parts = {part: kind(str(root), train=part == "train", download=True) for part in ("train", "test")}
+        with first_process_first():
+            parts = {part: kind(str(root), train=part == "train", download=True) for part in ("train", "test")}
     except (OSError, RuntimeError) as error:
         fetch = f"fetch {kind.url} (md5 {kind.tgz_md5}) and put it into {root}"
         raise InputError(f"data_root: {dataset_class} is not there and cannot be downloaded; {fetch}") from error
@@ -449,13 +451,14 @@ def _label_file(name: str, folder: Path) -> Path:
     from torchvision.datasets.utils import download_url  # type: ignore[import-untyped]
 
     path, md5 = folder / name, LABEL_FILES_MD5.get(name)
-    if not path.exists():
-        try:
-            download_url(LABEL_FILES + name, str(folder), name, md5)
-        except (OSError, RuntimeError) as error:
-            check = f" (md5 {md5})" if md5 else ""
-            fetch = f"fetch {LABEL_FILES}{name}{check} and put it into {folder}"
-            raise InputError(f"noise: {name} is not there and cannot be downloaded; {fetch}") from error
+    try:
+        with first_process_first():
+            if not path.exists():
+                download_url(LABEL_FILES + name, str(folder), name, md5)
+    except (OSError, RuntimeError) as error:
+        check = f" (md5 {md5})" if md5 else ""
+        fetch = f"fetch {LABEL_FILES}{name}{check} and put it into {folder}"
+        raise InputError(f"noise: {name} is not there and cannot be downloaded; {fetch}") from error
     return path
 
 

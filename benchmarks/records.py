@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from synth_refine import InputError
-from synth_refine.files import write_atomic
+from synth_refine.files import file_hash, write_atomic
+from third_party.parallel import processes
 
 Record: TypeAlias = "dict[str, Any]"
 
@@ -31,6 +32,26 @@ def digest(value: object) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """Names a tensor by its content."""
     return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """Names a file by its content, or a folder by the names and contents of all files in it."""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = "".join(f"{file.relative_to(path)} {file_hash(file)}\n" for file in files)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def weights_used(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that the settings encoder, encoder_weights and weights name; tags have none."""
+    used = {}
+    for name in ("encoder", "encoder_weights", "weights"):
+        path = Path(str(settings.get(name, "")))
+        found = path / "open_clip_config.json" if name == "encoder" else path
+        if found.is_file() and settings[name] != "glyph-clip":  # which is the project's own, wherever one works
+            used[name] = content_digest(path)
+    return used
 
 
 def environment(device: torch.device | None = None) -> Record:
@@ -50,6 +71,7 @@ def environment(device: torch.device | None = None) -> Record:
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes()[1],
     }
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from adapters import ADAPTERS, Split
 from benchmarks import refiners
-from benchmarks.records import Record, digest, environment, read_records, write_record
+from benchmarks.records import Record, digest, environment, read_records, weights_used, write_record
 from benchmarks.refiners import Evidence
 from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, resolve_config
 from benchmarks.table import figure_of, is_wide, study_table
@@ -197,7 +197,7 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
     chosen = [point for point in STUDIES[study] if point.images <= available]
     settings = {
         "config": {key: value for key, value in config.items() if key not in ("noise", "seeds", "refiners")},
-        "files": dict(refined.given.files),
+        "files": {**refined.given.files, **weights_used(config)},
         "points": [[point.series, point.value] for point in chosen],
     }
     name = f"{study}_{refined.given.noise}_seed{refined.given.seed}_{digest(settings)}.json"

@@ -3,6 +3,7 @@
 python benchmarks/run_combo.py --method plc
 python benchmarks/run_combo.py --method standard,plc --refine none,paper,zero-shot --seeds 0,1,2 methods.plc.epochs=30
 python benchmarks/run_combo.py --method plc --data arrays.npz --given labels.npy
+torchrun --nproc_per_node 2 benchmarks/run_combo.py --method lra-clip
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,18 +28,28 @@ if not __package__:  # started by its path; "adapters" is also the name of a pac
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, distributed
 
 from adapters import ADAPTERS, SOFT_LABELS, Split, check_options
 from adapters.lra_diffusion import named_clip
 from adapters.standard import InitialClassifier, initial_classifier
 from benchmarks import data
-from benchmarks.records import Record, digest, environment, read_records, tensor_digest, write_record
+from benchmarks.records import (
+    Record,
+    content_digest,
+    digest,
+    environment,
+    read_records,
+    tensor_digest,
+    weights_used,
+    write_record,
+)
 from benchmarks.refiners import REFINERS, SOFT_REFINERS, Evidence
 from benchmarks.table import table
 from synth_refine import InputError
 from synth_refine.encode import embed_cached
 from synth_refine.files import file_hash
+from third_party.parallel import first_process_first, from_first, processes
 
 CONFIGS = Path(__file__).parent / "configs"
 KEYS = {
@@ -123,6 +137,12 @@ def _check_types(config: Mapping[str, Any]) -> None:
     for name, kinds in {"threshold": (int, float), "weight": (int, float), "synthetic_per_class": (int,)}.items():
         if name in config and not isinstance(config[name], kinds):
             raise InputError(f"{name}: expected a number, got {config[name]!r}")
+    weight = config.get("weight", 0.5)
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
+    threshold = config.get("threshold", 0)
+    if not -weight <= threshold <= 1:
+        raise InputError(f"threshold: expected a score, in [{-weight:g}, 1] at weight {weight:g}, got {threshold}")
     for seed in _list(config.get("seeds", 0)):
         if not isinstance(seed, int) or seed < 0:
             raise InputError(f"seeds: expected integers from 0, got {seed!r}")
@@ -172,7 +192,11 @@ def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> li
         raise InputError(f"dataset: expected a name in {arguments.config}, or --data, got neither")
     source: dict[str, str | None] = {"data": _file_hash("data", arguments.data)}
     if not arguments.data:
-        source = {"dataset": config.get("dataset"), "synthetic": arguments.synthetic and str(arguments.synthetic)}
+        synthetic = arguments.synthetic
+        if synthetic is None and config["dataset"] in data.CIFAR:
+            synthetic = arguments.data_root / "synthetic" / config["dataset"]
+        there = synthetic is not None and synthetic.exists()
+        source = {"dataset": config["dataset"], "synthetic": content_digest(synthetic) if there else None}
     return [
         GivenLabels(noise, path, int(seed), folder, {**source, "given": _file_hash("given", path)})
         for noise, path in noises
@@ -190,6 +214,9 @@ def _settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str,
         if "encoder_weights" in config:
             settings["encoder_weights"] = config["encoder_weights"]
         settings["synthetic_per_class"] = config.get("synthetic_per_class")
+    weights = {**weights_used(settings["method"]), **(weights_used(config) if refiner != "none" else {})}
+    if weights:
+        settings["weights_used"] = weights
     if refiner != "none" or method == "relabel":
         settings["initial"] = config.get("initial") or {}
     return settings
@@ -216,11 +243,27 @@ def _names(argument: str, asked: str | None, default: list[str], known: Mapping[
     return list(dict.fromkeys(names))
 
 
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started; without it there is nothing to join."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The others wait while the first one embeds images or trains a SimCLR encoder; torchrun ends all when one fails.
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Record]:
     """Yield the record of every run, in order; those that have one are not run again."""
     refined: Refined | None = None
     for run in runs:
-        if run.path.exists():
+        if from_first(torch.tensor(run.path.exists(), device=arguments.device)):
             yield from read_records([run.path])
             continue
         if refined is None or refined.given != run.labels:
@@ -302,7 +345,7 @@ class Refined:
         if refiner not in self._labels:
             evidence, options = self.evidence, _settings(self._config, "", refiner)["refiner"]
             start = time.perf_counter()
-            labels = REFINERS[refiner](evidence, **options)
+            labels = from_first(REFINERS[refiner](evidence, **options))
             self._labels[refiner] = labels, time.perf_counter() - start
         return self._labels[refiner]
 
@@ -319,7 +362,9 @@ class Refined:
         if encoder == "given":
             return task.train.inputs, task.synthetic.inputs, None
         clip = named_clip(encoder, self._config.get("encoder_weights", ""), task.train.inputs.device)
-        features, synthetic = (embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic))
+        with first_process_first():
+            parts = [embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic)]
+        features, synthetic = parts
         return features, synthetic, clip.text_prototypes(self.benchmark.class_names)
 
 
@@ -329,7 +374,10 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
     labels, refine_seconds = refined.labels(run.refiner)
     if run.method == "relabel":
         task = dataclasses.replace(task, initial=refined.initial.weights)
-    checkpoint = refined.work / f"{run.path.stem}.safetensors"
+    rank, count = processes()
+    checkpoint: Path | None = refined.work / f"{run.path.stem}.safetensors"
+    if run.method == "plc" and count > 1:  # its window is spread over the processes
+        checkpoint = None
     start = time.perf_counter()
     outcome = ADAPTERS[run.method](task, labels, run.settings["method"], run.labels.seed, checkpoint)
     train_seconds = time.perf_counter() - start
@@ -350,11 +398,14 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
         "test_accuracy": outcome.test_accuracy,
         "history": outcome.history,
     }
+    if rank > 0:
+        return record
     try:
         write_record(run.path, record)
     except FileExistsError:  # another process with the same command was faster
         [record] = read_records([run.path])
-    checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return record
 
 
@@ -406,6 +457,8 @@ def resolve_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fill in the device and the config's path, and read the config."""
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -447,17 +500,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     records = []
     try:
-        for run, record in zip(runs, execute(runs, config, options), strict=True):
-            records.append(record)
-            accuracy = ", ".join(f"{name} {value:.2%}" for name, value in record["test_accuracy"].items())
-            print(f"{run.labels.noise} {run.method} {run.refiner} seed {run.labels.seed}: {accuracy}", file=sys.stderr)
+        with process_group(torch.device(options.device)):
+            first = processes()[0] == 0
+            for run, record in zip(runs, execute(runs, config, options), strict=True):
+                records.append(record)
+                accuracy = ", ".join(f"{choice} {value:.2%}" for choice, value in record["test_accuracy"].items())
+                name = f"{run.labels.noise} {run.method} {run.refiner} seed {run.labels.seed}"
+                if first:
+                    print(f"{name}: {accuracy}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    print(json.dumps(records, indent=1) if options.json else table(records))
+    if first:
+        print(json.dumps(records, indent=1) if options.json else table(records))
     return 0
 
 

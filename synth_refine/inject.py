@@ -357,8 +357,10 @@ def _label_of(item: Any) -> int:
 def _random_states_kept() -> Iterator[None]:
     """Transforms draw random numbers; a check must not change the training that follows."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Looking at a GPU that nobody uses would start CUDA, which a loader's forked workers do not survive.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=gpus):
             yield
     finally:
         random.setstate(python)

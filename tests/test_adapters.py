@@ -240,3 +240,10 @@ def test_unknown_selection_and_statistics_are_named(task: Task, kind: str) -> No
         initial_classifier(task, NETWORK[kind] | {"select": "best"}, 0)
     with pytest.raises(InputError, match="statistics: expected train, cifar10, cifar100, got 'mnist'"):
         run(task, task.train.labels, NETWORK[kind] | {"statistics": "mnist"}, 0)
+
+
+def test_several_processes_take_one_simclr_encoder_from_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.lra_diffusion.processes", lambda: (0, 2))
+    task = tiny_task("pixels")
+    with pytest.raises(InputError, match="cache: expected a folder where several processes take one encoder from"):
+        ADAPTERS["lra-simclr"](task, task.train.labels, quick("lra-simclr", "pixels"), 0)

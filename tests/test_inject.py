@@ -504,6 +504,23 @@ def test_the_random_states_are_left_alone() -> None:
     assert draw() == expected
 
 
+def test_the_random_states_of_used_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {0: 5, 1: 7}  # of two stand-ins for GPUs
+
+    class Drawing(shapes.LraCifar):
+        def __getitem__(self, index: int) -> Any:
+            states[1] += 1
+            return torch.zeros(1), self.targets[index]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    for initialised, unchanged in ((True, True), (False, False)):  # one that nobody uses is not even looked at
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=initialised: used)
+        inject(Drawing(given_labels()), refined_labels(given_labels()))
+        assert (states == {0: 5, 1: 7}) == unchanged
+
+
 def test_no_library_is_imported_to_recognise_its_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refuse:
         def find_spec(self, name: str, *_: object) -> None:

@@ -54,6 +54,41 @@ def test_a_changed_setting_is_another_record(arrays, tmp_path, capsys):
     assert len(list(tmp_path.glob("blobs/*.json"))) == 2, "the threshold does not touch a run without refiner"
 
 
+def test_records_are_named_by_the_content_of_the_files_that_settings_name(arrays, tmp_path, capsys):
+    def planned(*more):
+        assert run_combo.main([*command(arrays, tmp_path, "--method", "standard", "--dry-run"), *more]) == 0
+        return capsys.readouterr().out
+
+    (weights := tmp_path / "weights.safetensors").write_bytes(b"one")
+    before = planned(f"encoder_weights={weights}")
+    assert planned(f"encoder_weights={weights}") == before
+    weights.write_bytes(b"two")
+    after = planned(f"encoder_weights={weights}")
+    assert [old == new for old, new in zip(before.splitlines(), after.splitlines(), strict=True)] == [True, False]
+    (folder := tmp_path / "clip").mkdir()
+    (folder / "open_clip_config.json").write_text("{}")
+    first = planned(f"encoder={folder}")
+    (folder / "open_clip_model.safetensors").write_bytes(b"three")
+    assert planned(f"encoder={folder}") != first
+    assert planned("encoder=clip", "encoder_weights=openai")
+
+
+def test_records_are_named_by_the_content_of_the_synthetic_images(tmp_path, capsys):
+    def planned(root, *more):
+        arguments = ["--config", str(ROOT / "benchmarks" / "configs" / "cifar10.yaml"), "--data-root", str(root), *more]
+        assert run_combo.main([*arguments, "--out", str(tmp_path), "--device", "cpu", "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    names = [tmp_path / "here" / "synthetic" / "cifar10", tmp_path / "there" / "elsewhere"]
+    for folder in names:
+        folder.mkdir(parents=True)
+        (folder / "image.png").write_bytes(b"one")
+    by_default = planned(tmp_path / "here")
+    assert planned(tmp_path / "there", "--synthetic", str(names[1])) == by_default
+    (names[0] / "image.png").write_bytes(b"two")
+    assert planned(tmp_path / "here") != by_default
+
+
 def test_dry_run_writes_nothing(arrays, tmp_path, capsys):
     assert run_combo.main(command(arrays, tmp_path / "out", "--dry-run")) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -87,6 +122,9 @@ BAD_COMMANDS = {
     "no block": (["threshold.x=1"], "override: expected a block at threshold, got 0.0"),
     "no YAML": (["threshold=["], "override: expected a YAML value, got 'threshold=['"),
     "no number": (["weight=abc"], "weight: expected a number, got 'abc'"),
+    "no weight": (["weight=2"], "weight: expected a number in [0, 1], got 2"),
+    "no score": (["threshold=5"], "threshold: expected a score, in [-0.5, 1] at weight 0.5, got 5"),
+    "too low": (["threshold=-0.4", "weight=0.3"], "threshold: expected a score, in [-0.3, 1] at weight 0.3, got -0.4"),
     "no seed": (["seeds=x"], "seeds: expected integers from 0, got 'x'"),
     "no settings": (["methods=plc"], "methods: expected a block of settings, got 'plc'"),
     "no device": (["--device", "foo"], "device: expected auto, cpu or a device that is there, got 'foo'"),

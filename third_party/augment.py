@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Places = slice | Tensor
+"""Which rows of a batch are meant."""
+
+EVERY = slice(None)
+
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
     """Crop each image out of its zero-padded self and mirror the chosen ones.
@@ -40,18 +45,22 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, paddi
     return padded[images_index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def random_crop_and_flip(images: Tensor, padding: int = 4, flip: bool = True) -> Tensor:
+def random_crop_and_flip(
+    images: Tensor, padding: int = 4, flip: bool = True, *, of: int | None = None, places: Places = EVERY
+) -> Tensor:
     """Draw one of (2 * padding + 1)^2 crops and, with `flip`, one of two mirrorings for each image.
 
     Args:
         images: (N, 3, H, W) uint8.
         padding: Zeros added at every side before the crop; 0 leaves the position as it is.
         flip: Mirror each image with probability 1/2; digits and letters must not be.
+        of: Rows of the batch that the images are a part of, where several processes share it; None is all of it.
+        places: Where in that batch they stand; all processes draw for the whole of it.
 
     Returns:
         Augmented images, (N, 3, H, W) uint8. The draws come from the default generator of the device.
     """
-    count, device = len(images), images.device
-    top, left = torch.randint(0, 2 * padding + 1, (2, count), device=device)
-    mirrored = torch.rand(count, device=device) < (0.5 if flip else 0.0)
+    count, device = len(images) if of is None else of, images.device
+    top, left = torch.randint(0, 2 * padding + 1, (2, count), device=device)[:, places]
+    mirrored = torch.rand(count, device=device)[places] < (0.5 if flip else 0.0)
     return crop_and_flip(images, top, left, mirrored, padding)

@@ -27,11 +27,21 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_pack(state, tensors))
-    metadata = {"tree": tree, "checksum": str(_checksum(tree, tensors))}
+    write_tensors(path, tensors, {"tree": tree, "checksum": str(_checksum(tree, tensors))})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: Target; its folder is made.
+        tensors: Contiguous, on the CPU.
+        metadata: For the file's header.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata)
+        save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

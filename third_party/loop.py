@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from third_party import checkpoint as checkpoints
-from third_party.augment import random_crop_and_flip
+from third_party.augment import EVERY, Places, random_crop_and_flip
+from third_party.parallel import processes
 from third_party.resnet import Classifier
 
 Measure = Callable[[Classifier], Mapping[str, float]]
@@ -55,34 +55,12 @@ def shuffled_batches(count: int, batch_size: int, device: torch.device) -> Itera
             yield rows
 
 
-def take_batch(inputs: Tensor, rows: Tensor, crop_padding: int, flip: bool) -> Tensor:
-    """The inputs of a batch, augmented where they are pixels."""
-    batch = inputs.index_select(0, rows)
+def take_batch(inputs: Tensor, rows: Tensor, crop_padding: int, flip: bool, places: Places = EVERY) -> Tensor:
+    """The inputs of the rows at `places` of a batch, augmented where they are pixels, with draws for all its rows."""
+    batch = inputs.index_select(0, rows[places])
     if batch.ndim == 4 and (crop_padding or flip):
-        return random_crop_and_flip(batch, crop_padding, flip)
+        return random_crop_and_flip(batch, crop_padding, flip, of=len(rows), places=places)
     return batch
-
-
-def processes() -> tuple[int, int]:
-    """Number of this process, and how many train together: what torchrun started, once the caller has called
-    `torch.distributed.init_process_group`; 0 of 1 without it."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network as the loops call it: itself, or wrapped so that the gradients are averaged over all processes.
-
-    On CUDA batch normalisation is made to see the batches of all processes. Torch has that for CUDA alone: on the CPU
-    it sees those of its own process, and the history is then not that of one process.
-    """
-    if processes()[1] == 1:
-        return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # in place, below the top
-        return DistributedDataParallel(model, device_ids=[device])
-    return DistributedDataParallel(model)
 
 
 def batch_loss(logits: Tensor, targets: Tensor, batch_rows: int) -> Tensor:
@@ -90,13 +68,6 @@ def batch_loss(logits: Tensor, targets: Tensor, batch_rows: int) -> Tensor:
     if len(logits) == batch_rows:
         return F.cross_entropy(logits, targets)
     return F.cross_entropy(logits, targets, reduction="sum") / batch_rows
-
-
-def summed(value: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if processes()[1] > 1:
-        distributed.all_reduce(value)
-    return value
 
 
 def stepped_rate(lr: float, milestones: Sequence[int], gamma: float, epoch: int) -> float:

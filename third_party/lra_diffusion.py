@@ -24,7 +24,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from third_party.augment import EVERY, Places
 from third_party.loop import Progress, seeded, shuffled_batches, take_batch
+from third_party.parallel import from_first, in_parts, parallel, processes, set_part, summed
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Classes, (N,), of inputs and their frozen features, (N, P)."""
@@ -281,24 +283,45 @@ def antithetic_steps(count: int, steps: int, device: torch.device) -> Tensor:
     return torch.cat([half, steps - 1 - half])[:count]
 
 
-def loss_of(network: LabelDiffusion, embedding: Tensor, features: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def loss_of(
+    network: LabelDiffusion,
+    embedding: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    places: Places = EVERY,
+) -> Tensor:
     """Weighted squared error of the predicted noise, averaged over the classes.
 
     Args:
         network: In training mode.
-        embedding: Of the image encoder, (B, E).
-        features: Of the frozen encoder, (B, P).
+        embedding: Of the image encoder, (B, E), or fewer rows, those at `places`.
+        features: Of the frozen encoder, (B, P), or those rows.
         targets: Classes, (B,).
         weights: (B,), summing to one.
+        places: The rows of the batch that count; steps and noise are drawn for all of them.
     """
     steps = antithetic_steps(len(targets), len(network.signal), targets.device)
     left = network.signal[steps, None]
     clean = F.one_hot(targets, network.denoiser.num_classes).float()
     noise = torch.randn_like(clean)
     noisy = left.sqrt() * clean + (1 - left).sqrt() * noise
-    predicted = network.denoiser(noisy, steps, network.denoiser.condition(features, embedding))
-    loss: Tensor = (weights * (predicted - noise).square().mean(dim=1)).sum()
+    predicted = network.denoiser(noisy[places], steps[places], network.denoiser.condition(features, embedding))
+    loss: Tensor = (weights[places] * (predicted - noise[places]).square().mean(dim=1)).sum()
     return loss
+
+
+class _Objective(nn.Module):
+    """The loss in one call, as several processes need it."""
+
+    def __init__(self, network: LabelDiffusion, embedded: bool) -> None:
+        """With `embedded` the inputs are the image encoder's answers already."""
+        super().__init__()
+        self.network, self.embedded = network, embedded
+
+    def forward(self, inputs: Tensor, features: Tensor, targets: Tensor, weights: Tensor, places: Places) -> Tensor:
+        embedding = inputs if self.embedded else self.network.image_encoder(inputs).float()
+        return loss_of(self.network, embedding, features, targets, weights, places)
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -315,7 +338,10 @@ def learning_rate(config: Config, epoch: float) -> float:
 
 
 def predictor(network: LabelDiffusion, config: Config) -> Predict:
-    """A function from inputs and features to classes; it puts the network in the mode that the config asks for."""
+    """A function from inputs and features to classes; it puts the network in the mode that the config asks for.
+
+    Several processes that train together each predict a part of every batch: all of them have to call it.
+    """
 
     @torch.no_grad()
     def predict(inputs: Tensor, features: Tensor) -> Tensor:
@@ -325,7 +351,7 @@ def predictor(network: LabelDiffusion, config: Config) -> Predict:
         batches = zip(
             torch.split(inputs, config.measure_batch), torch.split(features, config.measure_batch), strict=True
         )
-        return torch.cat([decide(network.sample(some, of, config.sampling_steps)) for some, of in batches])
+        return in_parts(network, batches, lambda some, of: decide(network.sample(some, of, config.sampling_steps)))
 
     return predict
 
@@ -335,7 +361,8 @@ def _embeddings(network: LabelDiffusion, inputs: Tensor, config: Config) -> Tens
     """What the untrained image encoder says of every image, (N, E)."""
     network.image_encoder.eval()
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.bf16):
-        return torch.cat([network.image_encoder(some).float() for some in torch.split(inputs, config.measure_batch)])
+        batches = ((some,) for some in torch.split(inputs, config.measure_batch))
+        return in_parts(network, batches, lambda some: network.image_encoder(some).float())
 
 
 def _average(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
@@ -382,6 +409,10 @@ def train(
 ) -> Result:
     """Train the denoiser, and the image encoder if it is to be, on labels drawn from the neighbourhood of each image.
 
+    Several processes that torchrun started and that have joined a process group share every batch: `batch_size` is that
+    of all together, and each calls this with the same arguments but for the device, the checkpoint in a folder that all
+    of them see.
+
     Args:
         network: On the device of `inputs`; trained in place.
         inputs: Pixels, (N, 3, H, W) uint8, or features, (N, D), for the image encoder.
@@ -400,7 +431,12 @@ def train(
     device = inputs.device
     if neighbours is None:
         neighbours = nearest(features, config.neighbours, exclude_self=config.exclude_self)
+    neighbours = from_first(neighbours)  # of equally near ones each process may have found others
     network.image_encoder.requires_grad_(config.train_image_encoder)
+    untrained = not config.train_image_encoder and config.encoder_eval_mode
+    # Without augmentation its answers are the same in every epoch.
+    embedded = untrained and (inputs.ndim == 2 or not (config.crop_padding or config.flip))
+    objective = parallel(_Objective(network, embedded), device)
     trained = [network.denoiser, network.image_encoder] if config.train_image_encoder else [network.denoiser]
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.Adam([{"params": list(part.parameters())} for part in trained], lr=config.lr, fused=fused)
@@ -408,10 +444,9 @@ def train(
     predicting = network if average is None else cast(LabelDiffusion, average.module)
 
     history: list[dict[str, float]] = []
-    untrained = not config.train_image_encoder and config.encoder_eval_mode
-    embeddings = None
-    if untrained and (inputs.ndim == 2 or not (config.crop_padding or config.flip)):  # the same in every epoch
-        embeddings = _embeddings(network, inputs, config)
+    embeddings = _embeddings(network, inputs, config) if embedded else None
+    rank, count = processes()
+    places = slice(rank, None, count)
     found = f"{zlib.crc32(neighbours.cpu().numpy().tobytes()):08x}"  # another encoder finds other ones
     progress = Progress(checkpoint, "lra_diffusion", config, seed, inputs, labels, neighbours_found=found)
     if state := progress.load(network, optimiser):
@@ -431,23 +466,22 @@ def train(
                 for group in optimiser.param_groups:
                     group["lr"] = rate
                 targets, weights = draw_targets(labels, neighbours, rows)
+                if embeddings is None:
+                    batch = take_batch(inputs, rows, config.crop_padding, config.flip, places)
+                else:
+                    batch = embeddings[rows[places]]
+                set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    if embeddings is not None:
-                        embedding = embeddings[rows]
-                    else:
-                        embedding = network.image_encoder(
-                            take_batch(inputs, rows, config.crop_padding, config.flip)
-                        ).float()
-                    loss = loss_of(network, embedding, features[rows], targets, weights)
+                    loss = objective(batch, features[rows[places]], targets, weights, places)
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs
+                (loss * count).backward()  # averaged over processes, that is the sum
                 for part in trained:
                     nn.utils.clip_grad_norm_(part.parameters(), config.clip)
                 optimiser.step()
                 if average is not None:
                     average.update_parameters(network)
                 total += loss.detach()
-            mean_loss = total.item() / len(batches)
+            mean_loss = summed(total).item() / len(batches)
             if not math.isfinite(mean_loss):
                 raise ValueError(f"lr: expected training to converge, got a loss of {mean_loss} in epoch {epoch}")
             figures: Mapping[str, float] = {}

@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from third_party.augment import EVERY
 from third_party.loop import (
     Measure,
     Progress,
     batch_loss,
     check_inputs,
     check_lengths,
-    parallel,
-    processes,
     seeded,
     sgd,
     shuffled_batches,
     stepped_rate,
-    summed,
     take_batch,
 )
+from third_party.parallel import parallel, processes, set_part, summed
 from third_party.resnet import Classifier
 
 
@@ -176,11 +175,11 @@ def train(
             model.train()
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
-            if count > 1:  # the batches are common, the crops and the dropout are each process's own
-                torch.manual_seed((torch.initial_seed() + rank) % 2**63)
             for rows in batches:
-                own = rows[rows % count == rank]
-                batch = take_batch(inputs, own, config.crop_padding, config.flip)
+                places = (rows % count == rank).nonzero()[:, 0] if count > 1 else EVERY
+                own = rows[places]
+                batch = take_batch(inputs, rows, config.crop_padding, config.flip, places)
+                set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     logits = network(batch)
                 logits = logits.float()

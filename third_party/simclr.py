@@ -8,17 +8,16 @@ shapes: N images, B images of a batch, H x W pixels, K features of the encoder.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from third_party.checkpoint import write_tensors
 from third_party.loop import Progress, seeded, shuffled_batches
 from third_party.resnet import STATISTICS, Classifier, resnet34, resnet_small
 
@@ -230,16 +229,8 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
 
 def export(model: SimCLR, path: Path) -> None:
     """Write the encoder's weights as safetensors, without the projection head; whole or not at all."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.encoder.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(weights, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    state = model.encoder.state_dict()
+    write_tensors(path, {name: value.detach().cpu().contiguous() for name, value in state.items()})
 
 
 @torch.no_grad()

@@ -20,15 +20,13 @@ from third_party.loop import (
     batch_loss,
     check_inputs,
     check_lengths,
-    parallel,
-    processes,
     seeded,
     sgd,
     shuffled_batches,
     stepped_rate,
-    summed,
     take_batch,
 )
+from third_party.parallel import parallel, processes, set_part, summed
 from third_party.resnet import Classifier
 
 
@@ -132,6 +130,7 @@ def train(
     if inputs.ndim == 4:
         model.to(memory_format=torch.channels_last)
     rank, count = processes()
+    places = slice(rank, None, count)  # in every batch, of the rows of this process
     network = parallel(model, device)
     optimiser = sgd(model, config.lr, config.momentum, config.weight_decay, config.nesterov, device)
     history: list[dict[str, float]] = []
@@ -147,15 +146,13 @@ def train(
             model.train()
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
-            if count > 1:  # the batches are common, the crops and the dropout are each process's own
-                torch.manual_seed((torch.initial_seed() + rank) % 2**63)
             for step, rows in enumerate(batches):
                 optimiser.param_groups[0]["lr"] = learning_rate(config, epoch, step, len(batches))
-                own = rows[rank::count]
-                batch = take_batch(inputs, own, config.crop_padding, config.flip)
+                batch = take_batch(inputs, rows, config.crop_padding, config.flip, places)
+                set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     logits = network(batch)
-                loss = batch_loss(logits.float(), labels.index_select(0, own), len(rows))
+                loss = batch_loss(logits.float(), labels.index_select(0, rows[places]), len(rows))
                 optimiser.zero_grad()
                 (loss * count).backward()  # type: ignore[no-untyped-call]  # averaged over processes, that is the sum
                 optimiser.step()
