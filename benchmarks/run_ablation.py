@@ -244,7 +244,7 @@ def picture(records: Sequence[Record], path: Path) -> None:
             figure = figure_of(point)
             figures.append(np.nan if figure is None else figure)
     study = records[0]["study"]
-    fig, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    fig, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for line, (values, figures) in lines.items():
         axes.plot(values, figures, marker="o", linestyle="none" if many else "-", label=line)
     if study in ("images", "prototypes"):
@@ -253,7 +253,7 @@ def picture(records: Sequence[Record], path: Path) -> None:
         axes.tick_params(axis="x", rotation=30)
     trained = "test_accuracy" in records[0]["points"][0]
     axes.set(xlabel="" if many else study, ylabel="test accuracy" if trained else "wrong labels after refining")
-    axes.legend(fontsize=7)
+    fig.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)

@@ -266,7 +266,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         fixed = "classes" if name == "images" else "images"
         panel.set(xlabel=f"{name} ({shown[0][fixed]:,} {fixed}, {width} features)")
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

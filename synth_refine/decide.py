@@ -354,7 +354,7 @@ def plot_sweep(rows: Sequence[SweepRow], path: str | Path) -> None:
     axes.plot(thresholds, [row.noise_after for row in rows], label="noise after (estimated)")
     axes.plot(thresholds, [row.wrong_changes for row in rows], label="wrong changes (nominal)")
     axes.set(xlabel="smallest probability of the new class", ylabel="fraction", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="upper right")  # matplotlib searches for the best place, and warns where that takes long
     figure.savefig(path)
 
 
