@@ -195,8 +195,6 @@ def _checked_classes(
     check_array("features", features, ("N", "D"))
     check_array("given", given, (features.shape[0],))
     check_array("anchors", anchors, ("M", features.shape[1]))
-    check_labels("anchor_labels", anchor_labels)
-    check_array("anchor_labels", anchor_labels, (anchors.shape[0],))
     floating = [("features", features), ("anchors", anchors)]
     for name, extra in (("text_prototypes", text_prototypes), ("second_view", second_view)):
         if extra is not None:
@@ -209,24 +207,39 @@ def _checked_classes(
             raise InputError(f"{name}: expected {type(features).__name__} like features, got {type(value).__name__}")
     if features.shape[0] == 0 or features.shape[1] == 0:
         raise InputError(f"features: expected at least one row and one column, got {tuple(features.shape)}")
-    if num_classes is None:
-        num_classes = int(anchor_labels.max()) + 1 if anchors.shape[0] else 0
-    check_labels("anchor_labels", anchor_labels, num_classes)
+    num_classes = checked_anchors(anchors, anchor_labels, num_classes)
     check_labels("given", given, num_classes)
-    counts = torch.bincount(torch.tensor(anchor_labels.tolist(), dtype=torch.int64), minlength=num_classes)
-    if num_classes == 0 or not bool(counts.all()):
-        missing = int((counts == 0).nonzero()[0, 0]) if num_classes else 0
-        raise InputError(f"anchor_labels: expected at least one image per class, got none for class {missing}")
     if text_prototypes is not None:
         check_array("text_prototypes", text_prototypes, (num_classes, features.shape[1]))
     if second_view is not None:
         check_array("second_view", second_view, (features.shape[0], num_classes))
-    for name, value in floating[1:]:
-        finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0, 0])
-            raise InputError(f"{name}: expected finite numbers, got a non-finite one in row {bad}")
+    for name, value in floating[2:]:
+        _check_finite(name, value)
     return num_classes
+
+
+def checked_anchors(anchors: Array, anchor_labels: Array, num_classes: int | None) -> int:
+    """Refuse anchors that leave a class out or are not finite; the number of classes."""
+    check_array("anchors", anchors, ("M", "D"))
+    check_floating("anchors", anchors)
+    check_labels("anchor_labels", anchor_labels)
+    check_array("anchor_labels", anchor_labels, (anchors.shape[0],))
+    if num_classes is None:
+        num_classes = int(anchor_labels.max()) + 1 if anchors.shape[0] else 0
+    check_labels("anchor_labels", anchor_labels, num_classes)
+    counts = torch.bincount(torch.tensor(anchor_labels.tolist(), dtype=torch.int64), minlength=num_classes)
+    if num_classes == 0 or not bool(counts.all()):
+        missing = int((counts == 0).nonzero()[0, 0]) if num_classes else 0
+        raise InputError(f"anchor_labels: expected at least one image per class, got none for class {missing}")
+    _check_finite("anchors", anchors)
+    return num_classes
+
+
+def _check_finite(name: str, value: Array) -> None:
+    finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0, 0])
+        raise InputError(f"{name}: expected finite numbers, got a non-finite one in row {bad}")
 
 
 def _tensor_like(value: Array, device: torch.device) -> Tensor:
