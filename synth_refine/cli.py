@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from synth_refine import pipeline
 from synth_refine._check import InputError, check_array
 from synth_refine.anchored import anchored_posterior
+from synth_refine.anchored_shards import anchored_shards
 from synth_refine.artifact import (
     Artifact,
     Damaged,
@@ -48,6 +49,10 @@ FINE, PROBLEM, BAD_INPUT = 0, 1, 3
 REFINERS = {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")}
 """What each refiner needs besides features and given labels."""
 
+SCALED = {"paper": ("prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")}
+"""What each needs over shards, and then what else it can use there."""
+SCALED_MORE = {"paper": ("logits", "head", "weight", "address"), "anchored": ("seed",)}
+
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
 
 TREE = (
@@ -64,7 +69,9 @@ SCALE = """examples:
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
       --threshold 0.5 --out refined-shards
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
-      --head head.npy --threshold 0.6 --out refined-with-classifier"""
+      --head head.npy --threshold 0.6 --out refined-with-classifier
+  synth-refine scale --refiner anchored --features features.npy --anchors synthetic.npy \\
+      --anchor-labels synthetic_labels.npy --given given.npy --out refined-by-posterior"""
 APPLY = """examples:
   synth-refine apply refined --given given.npy --out labels.npy
   synth-refine apply refined --given given.npy --out reviewed.npy --decisions decisions.csv"""
@@ -156,11 +163,15 @@ def _parser() -> argparse.ArgumentParser:
     scale = command("scale", _scale, "refine millions of labels shard by shard; started again, it goes on", SCALE)
     scale.add_argument("--features", required=True, metavar="PATH", help="(N, D) floats: .npy, or folder of shards")
     scale.add_argument("--given", required=True, metavar="PATH", help="the labels as given: .npy, or folder of shards")
-    scale.add_argument("--prototypes", required=True, metavar="NPY", help="mean synthetic features, (C, D) floats")
-    scale.add_argument("--threshold", required=True, type=_finite, help="smallest score that replaces a label")
-    scale.add_argument("--logits", metavar="PATH", help="outputs of a classifier, (N, C), stored as the features are")
-    scale.add_argument("--head", metavar="NPY", help="instead: a linear classifier, (C, D), or (C, D + 1) with bias")
-    scale.add_argument("--weight", type=float, help="weight of the similarity (0.5 with a classifier, 1 without)")
+    scale.add_argument("--refiner", choices=sorted(REFINERS), default="paper", help="(%(default)s)")
+    scale.add_argument("--prototypes", metavar="NPY", help="paper: mean synthetic features, (C, D) floats")
+    scale.add_argument("--threshold", type=_finite, help="paper: smallest score that replaces a label")
+    scale.add_argument("--logits", metavar="PATH", help="paper: outputs of a classifier, (N, C), stored like features")
+    scale.add_argument("--head", metavar="NPY", help="paper: instead a linear one, (C, D), or (C, D + 1) with bias")
+    scale.add_argument("--weight", type=float, help="paper: of the similarity (0.5 with a classifier, 1 without)")
+    scale.add_argument("--anchors", metavar="NPY", help="anchored: features of the synthetic images, (M, D) floats")
+    scale.add_argument("--anchor-labels", metavar="FILE", help="anchored: the class each of them was made for")
+    scale.add_argument("--seed", type=int, help="anchored: same seed, same result (0)")
     scale.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a .npy per shard (%(default)s)")
     scale.add_argument("--engine", choices=ENGINES, default="local", help="(%(default)s)")
     scale.add_argument("--address", help="ray: of the cluster; by default RAY_ADDRESS, or a new one on this machine")
@@ -304,13 +315,8 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _refine(options: argparse.Namespace) -> int:
-    needed, unused = REFINERS[options.refiner], REFINERS["paper" if options.refiner == "anchored" else "anchored"]
-    for name in needed:
-        if getattr(options, name) is None:
-            options.usage(f"--refiner {options.refiner} needs --{name.replace('_', '-')}")
-    for name in unused:
-        if getattr(options, name) is not None:
-            options.usage(f"--refiner {options.refiner} has no use for --{name.replace('_', '-')}")
+    needed, other = REFINERS[options.refiner], "paper" if options.refiner == "anchored" else "anchored"
+    _check_options(options, needed, REFINERS[other])
     features = read_npy("features", options.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
@@ -329,6 +335,15 @@ def _refine(options: argparse.Namespace) -> int:
         write_artifact(options.out, artifact)
     _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
+
+
+def _check_options(options: argparse.Namespace, needed: Sequence[str], unused: Sequence[str]) -> None:
+    for name in needed:
+        if getattr(options, name) is None:
+            options.usage(f"--refiner {options.refiner} needs --{name.replace('_', '-')}")
+    for name in unused:
+        if getattr(options, name) is not None:
+            options.usage(f"--refiner {options.refiner} has no use for --{name.replace('_', '-')}")
 
 
 def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
@@ -375,6 +390,10 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
 
 
 def _scale(options: argparse.Namespace) -> int:
+    other = "paper" if options.refiner == "anchored" else "anchored"
+    _check_options(options, SCALED[options.refiner], (*SCALED[other], *SCALED_MORE[other]))
+    if options.refiner == "anchored":
+        return _scale_anchored(options)
     summary = refine_shards(
         options.features,
         options.given,
@@ -389,6 +408,25 @@ def _scale(options: argparse.Namespace) -> int:
         address=options.address,
         progress=sys.stderr.isatty(),
     )
+    _show({"out": options.out, **asdict(summary)})
+    return FINE
+
+
+def _scale_anchored(options: argparse.Namespace) -> int:
+    if options.engine != "local":
+        options.usage(f"--refiner anchored has no use for --engine {options.engine}: it trains in one process")
+    summary = anchored_shards(
+        options.features,
+        options.given,
+        read_npy("anchors", options.anchors, "f"),
+        read_labels(options.anchor_labels),
+        options.out,
+        seed=options.seed or 0,
+        shard_rows=options.shard_rows,
+        progress=sys.stderr.isatty(),
+    )
+    if summary.note:
+        _say(f"nothing is changed: {summary.note}")
     _show({"out": options.out, **asdict(summary)})
     return FINE
 
