@@ -357,7 +357,8 @@ def scales(spread: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 def components(rows: Tensor) -> Tensor:
     """The principal components of standardised rows, (D, `COMPONENTS`)."""
-    return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -COMPONENTS:]
+    columns: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
+    return columns[:, -COMPONENTS:]
 
 
 def _first_opinion(

@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -275,10 +276,8 @@ class Reading:
     def opinion(self, rows: Rows, softening: float = 1.0) -> Tensor:
         """p(true class | image), (n, C), raised to a power and made to sum to one again."""
         features = rows.features.float()
-        if len(self.heads) == 1:
-            return (softening * self.heads[0](features)).softmax(dim=1)
-        folds = _folds(rows.numbers, self.key)
         logits = torch.empty((len(features), len(self.by_given)))
+        folds = _hashed(rows.numbers, self.key, len(self.heads))
         for fold, head in enumerate(self.heads):
             own = (folds == fold).nonzero()[:, 0]
             logits[own] = head(features[own])
@@ -318,16 +317,13 @@ def _key(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _hashed(numbers: NDArray[np.int64], key: int, values: int) -> NDArray[np.int64]:
+def _hashed(numbers: Tensor, key: int, values: int) -> Tensor:
     """For each row number one of so many values by splitmix64: random to all appearance, the same in every pass."""
-    mixed = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    mixed = numbers.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(values)).astype(np.int64)
-
-
-def _folds(numbers: Tensor, key: int) -> Tensor:
-    return torch.from_numpy(_hashed(numbers.numpy(), key, FOLDS))
+    mixed ^= mixed >> np.uint64(31)
+    return torch.from_numpy((mixed % np.uint64(values)).astype(np.int64))
 
 
 # ---- the scratch copy ----
@@ -493,7 +489,7 @@ class _Training:
         width = self.anchors.shape[1]
         for shard in self.shards:
             given, start = read_given(shard, self.num_classes), 0
-            for values in read_chunks("features", shard.features, chunk_rows(self.num_classes, width), width):
+            for values in read_chunks("features", shard.features, chunk_rows(1, width), width):
                 chunk = float_tensor(values, torch.float32, torch.device("cpu"))
                 fine = chunk.isfinite().all(dim=1)
                 places = start + fine.nonzero()[:, 0].numpy()
@@ -502,7 +498,7 @@ class _Training:
                 self.bar.update(len(chunk))
 
     def _bucket_of(self, numbers: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
-        return _hashed(numbers, _key(self.seed), buckets)
+        return _hashed(torch.from_numpy(numbers), _key(self.seed), buckets).numpy()
 
     def _statistics(self) -> tuple[Frame, NDArray[np.int64]]:
         """The frame, and how many rows each bucket gets."""
@@ -518,7 +514,7 @@ class _Training:
                 continue
             counts += np.bincount(self._bucket_of(numbers, len(counts)), minlength=len(counts))
             sample.append(chunk[np.isin(numbers, drawn)])
-            spread, center = torch.var_mean(chunk.double(), dim=0, correction=0)
+            spread, center = (part.double() for part in torch.var_mean(chunk, dim=0, correction=0))
             count, share = count + len(chunk), len(chunk) / (count + len(chunk))
             squares += len(chunk) * (spread + (center - mean).square() * (1 - share))
             mean += (center - mean) * share
@@ -531,22 +527,22 @@ class _Training:
 
     def _deal(self, frame: Frame, ends: list[int]) -> None:
         """Write the scratch files: each finite row to the next free place of its bucket."""
-        shapes = {name: (ends[-1], frame.width if name == "features" else 1) for name in FILES}
-        for name, shape in shapes.items():
-            with open(self.work / name, "wb") as file:  # at once, so that a full disk is an error and not a signal
-                os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(FILES[name]).itemsize)
-        free = np.array(ends[:-1])
-        for chunk, given, numbers in self._read("copy"):
-            bucket = self._bucket_of(numbers, len(free))
-            order, many = bucket.argsort(kind="stable"), np.bincount(bucket, minlength=len(free))
-            target = np.repeat(free - (many.cumsum() - many), many) + np.arange(len(order))
-            columns = {"features": frame(chunk).numpy(), "given": given[:, None], "rows": numbers[:, None]}
-            for name, shape in shapes.items():
-                # A map of its own for each chunk: the pages of the one before no longer count as resident.
-                np.memmap(self.work / name, FILES[name], "r+", shape=shape)[target] = columns[name][order]
-            free += many
-        for name in FILES:
-            with open(self.work / name, "rb") as file:
+        free = ends[:-1]
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(self.work / name, "wb")) for name in FILES}
+            for chunk, given, numbers in self._read("copy"):
+                columns = {"features": frame(chunk).numpy(), "given": given[:, None], "rows": numbers[:, None]}
+                bucket = self._bucket_of(numbers, len(free))
+                order, many = bucket.argsort(kind="stable"), np.bincount(bucket, minlength=len(free))
+                for number, rows in enumerate(np.split(order, many.cumsum()[:-1])):
+                    if len(rows):
+                        for name, file in files.items():
+                            values = columns[name][rows].astype(FILES[name])
+                            file.seek(free[number] * values[0].nbytes)
+                            file.write(values.tobytes())
+                        free[number] += len(rows)
+            for file in files.values():
+                file.flush()
                 os.fsync(file.fileno())
 
     # -- expectation maximisation --
@@ -675,7 +671,7 @@ class _Training:
             for rows in islice(scratch.batches(size, generator), steps - done):
                 with torch.no_grad():
                     targets = before.belief(rows)
-                features, folds = rows.features.float(), _folds(rows.numbers, key)
+                features, folds = rows.features.float(), _hashed(rows.numbers, key, FOLDS)
                 for fold, (head, step) in enumerate(zip(heads, descents, strict=True)):
                     others = (folds != fold).nonzero()[:, 0]
                     picks = anchors[fold][torch.randint(len(anchors[fold]), (drawn,), generator=generator)]
@@ -697,10 +693,11 @@ class _Training:
             fold_of = torch.arange(count) % FOLDS
             others = [order[fold_of != fold] if count >= FOLDS else order for fold in range(FOLDS)]
             heads = self._fit(scratch, reference, reading, key, epochs, others)
-            right = 0
+            right, step = 0, chunk_rows(self.num_classes, HIDDEN)
             with torch.no_grad():
                 for fold, head in enumerate(heads):
-                    for rows in order[fold_of == fold].split(chunk_rows(self.num_classes, HIDDEN)):
+                    held_out = order[fold_of == fold]
+                    for rows in (held_out[start : start + step] for start in range(0, len(held_out), step)):
                         right += int((head(reference[rows]).argmax(dim=1) == self.anchor_labels[rows]).sum())
             saved = _save(path, Saved({}, {"recognised": right / count}))
         return float(saved.info["recognised"])
@@ -785,6 +782,6 @@ def score_shard(model: Model, shard: Shard) -> tuple[pa.Table, int]:
             _, _, winner, change = changes(belief, labels, model.margin)
             if not model.harmful:
                 refined[places] = torch.where(change, winner, labels).numpy()
-            values, columns = best_classes(belief, top)
-            scores[places], classes[places] = values.numpy(), columns.numpy()
+            best, columns = best_classes(belief, top)
+            scores[places], classes[places] = best.numpy(), columns.numpy()
     return shard_table(shard, given, refined, classes, scores), int((classes[:, 0] < 0).sum())

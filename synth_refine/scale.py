@@ -317,7 +317,7 @@ def read_given(shard: Shard, num_classes: int) -> NDArray[np.int64]:
 def shard_table(
     shard: Shard,
     given: NDArray[np.int64],
-    refined: NDArray[np.int64],
+    refined: NDArray[Any],
     classes: NDArray[np.int32],
     scores: NDArray[np.float32],
 ) -> pa.Table:
