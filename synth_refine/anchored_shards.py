@@ -88,8 +88,9 @@ BUCKET_ROWS = 1 << 16
 MAXIMISATIONS = 2
 """Steps of T per round, each a pass over all rows; they go on from the T of the round before."""
 
-SOFT_MAXIMISATIONS = 5
-"""Steps of the T of softened opinions, from the last round's on; what would be left to gain needs no more."""
+SOFT_MAXIMISATIONS = 10
+"""Steps of the T of softened opinions, from the last round's on. Fewer flatter the changes: on clean CIFAR-10 labels
+one step finds a gain of .0001, two none, ten a loss of .0003, as thirty from scratch do."""
 
 SAMPLE_ELEMENTS = 1 << 23
 """Scores from which the sharpness of the first opinion is chosen."""
