@@ -196,8 +196,6 @@ def _checked_classes(
     check_array("features", features, ("N", "D"))
     check_array("given", given, (features.shape[0],))
     check_array("anchors", anchors, ("M", features.shape[1]))
-    check_labels("anchor_labels", anchor_labels)
-    check_array("anchor_labels", anchor_labels, (anchors.shape[0],))
     floating = [("features", features), ("anchors", anchors)]
     for name, extra in (("text_prototypes", text_prototypes), ("second_view", second_view)):
         if extra is not None:
@@ -210,26 +208,43 @@ def _checked_classes(
             raise InputError(f"{name}: expected {type(features).__name__} like features, got {type(value).__name__}")
     if features.shape[0] == 0 or features.shape[1] == 0:
         raise InputError(f"features: expected at least one row and one column, got {tuple(features.shape)}")
-    if num_classes is None:
-        num_classes = int(anchor_labels.max()) + 1 if anchors.shape[0] else 0
-    check_labels("anchor_labels", anchor_labels, num_classes)
+    num_classes = checked_anchors(anchors, anchor_labels, num_classes)
     check_labels("given", given, num_classes)
-    counts = torch.bincount(torch.tensor(anchor_labels.tolist(), dtype=torch.int64), minlength=num_classes)
-    if num_classes == 0 or not bool(counts.all()):
-        missing = int((counts == 0).nonzero()[0, 0]) if num_classes else 0
-        raise InputError(f"anchor_labels: expected at least one image per class, got none for class {missing}")
     if text_prototypes is not None:
         check_array("text_prototypes", text_prototypes, (num_classes, features.shape[1]))
     if second_view is not None:
         check_array("second_view", second_view, (features.shape[0], num_classes))
-    for name, value in floating[1:]:
-        finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
-        if name == "second_view":  # of images that are skipped in any case it may say anything
-            finite |= ~float_tensor(features, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0, 0])
-            raise InputError(f"{name}: expected finite numbers, got a non-finite one in row {bad}")
+    for name, value in floating[2:]:
+        # Of images that are skipped in any case a second view may say anything.
+        _check_finite(name, value, features if name == "second_view" else None)
     return num_classes
+
+
+def checked_anchors(anchors: Array, anchor_labels: Array, num_classes: int | None) -> int:
+    """Refuse anchors that leave a class out or are not finite; the number of classes."""
+    check_array("anchors", anchors, ("M", "D"))
+    check_floating("anchors", anchors)
+    check_labels("anchor_labels", anchor_labels)
+    check_array("anchor_labels", anchor_labels, (anchors.shape[0],))
+    if num_classes is None:
+        num_classes = int(anchor_labels.max()) + 1 if anchors.shape[0] else 0
+    check_labels("anchor_labels", anchor_labels, num_classes)
+    counts = torch.bincount(torch.tensor(anchor_labels.tolist(), dtype=torch.int64), minlength=num_classes)
+    if num_classes == 0 or not bool(counts.all()):
+        missing = int((counts == 0).nonzero()[0, 0]) if num_classes else 0
+        raise InputError(f"anchor_labels: expected at least one image per class, got none for class {missing}")
+    _check_finite("anchors", anchors)
+    return num_classes
+
+
+def _check_finite(name: str, value: Array, features: Array | None = None) -> None:
+    """Refuse rows that are not finite, but where those of `features` are not either."""
+    finite = float_tensor(value, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
+    if features is not None:
+        finite |= ~float_tensor(features, torch.float32, torch.device("cpu")).isfinite().all(dim=1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0, 0])
+        raise InputError(f"{name}: expected finite numbers, got a non-finite one in row {bad}")
 
 
 def _tensor_like(value: Array, device: torch.device) -> Tensor:
@@ -322,21 +337,33 @@ def standardised(features: Tensor, anchors: Tensor, text: Tensor | None = None) 
         The three with min(D, `COMPONENTS`) columns.
     """
     center, spread = features.mean(dim=0), features.var(dim=0, unbiased=False)
-    floor = 1e-4 * spread.mean().clamp_min(1e-12)
-    own = anchors.var(dim=0, unbiased=False)
-    count = anchors.shape[0]
-    anchor_spread = (count * own + 20 * spread) / (count + 20)
-    real = (features - center) / (spread + floor).sqrt()
-    reference = (anchors - anchors.mean(dim=0)) / (anchor_spread + floor).sqrt()
-    words = None if text is None else (text - text.mean(dim=0)) / (spread + floor).sqrt()
+    scale, anchor_scale = scales(spread, anchors)
+    real = (features - center) / scale
+    reference = (anchors - anchors.mean(dim=0)) / anchor_scale
+    words = None if text is None else (text - text.mean(dim=0)) / scale
     if real.shape[1] > COMPONENTS:
         rows = real
         if real.shape[0] > COVARIANCE_ROWS:
             rows = real[torch.randperm(real.shape[0])[:COVARIANCE_ROWS].to(real.device)]
-        columns = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -COMPONENTS:]  # (D, COMPONENTS)
+        columns = components(rows)
         real, reference = real @ columns, reference @ columns
         words = None if words is None else words @ columns
     return real, reference, words
+
+
+def scales(spread: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """What the centred real images, of this variance, and the centred anchors are divided by, (D,) each."""
+    floor = 1e-4 * spread.mean().clamp_min(1e-12)
+    own = anchors.var(dim=0, unbiased=False)
+    count = anchors.shape[0]
+    anchor_spread = (count * own + 20 * spread) / (count + 20)
+    return (spread + floor).sqrt(), (anchor_spread + floor).sqrt()
+
+
+def components(rows: Tensor) -> Tensor:
+    """The principal components of standardised rows, (D, `COMPONENTS`)."""
+    columns: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
+    return columns[:, -COMPONENTS:]
 
 
 def _first_opinion(
@@ -346,22 +373,28 @@ def _first_opinion(
 
     Among the sources (image prototypes, text prototypes, both) the one that makes the given labels likeliest is taken.
     """
-    sums = torch.zeros((num_classes, real.shape[1]), device=real.device).index_add_(0, anchor_labels, reference)
-    counts = torch.bincount(anchor_labels, minlength=num_classes)[:, None]
+    prototypes, confidence = anchor_prototypes(reference, anchor_labels, num_classes)
     directions = F.normalize(real, dim=1)
-    cosines = [directions @ F.normalize(sums / counts, dim=1).T]  # (N, C)
+    cosines = [directions @ prototypes.T]  # (N, C)
     if words is not None:
         spoken = directions @ F.normalize(words, dim=1).T
         cosines += [spoken, (cosines[0] + spoken) / 2]
-    confidence = _held_out_accuracy(reference, anchor_labels, sums, counts)
     best, chosen, tau = -float("inf"), cosines[0], 0.0
     for cosine in cosines:
-        candidate = _sharpness(cosine, confidence)
+        candidate = sharpness(cosine, confidence)
         opinion = (candidate * cosine).softmax(dim=1)
         value = log_likelihood(opinion, fit_transition(opinion, given), given)
         if value > best:
             best, chosen, tau = value, opinion, candidate
     return chosen, tau
+
+
+def anchor_prototypes(reference: Tensor, anchor_labels: Tensor, num_classes: int) -> tuple[Tensor, float]:
+    """Prototypes of length one, (C, K), and the fraction of the anchors that those of the other anchors get right."""
+    sums = torch.zeros((num_classes, reference.shape[1]), device=reference.device)
+    sums.index_add_(0, anchor_labels, reference)
+    counts = torch.bincount(anchor_labels, minlength=num_classes)[:, None]
+    return F.normalize(sums / counts, dim=1), _held_out_accuracy(reference, anchor_labels, sums, counts)
 
 
 def _held_out_accuracy(reference: Tensor, anchor_labels: Tensor, sums: Tensor, counts: Tensor) -> float:
@@ -378,7 +411,7 @@ def _held_out_accuracy(reference: Tensor, anchor_labels: Tensor, sums: Tensor, c
     return min(max(right, 1.5 / num_classes, 0.3), 0.95)
 
 
-def _sharpness(cosine: Tensor, confidence: float) -> float:
+def sharpness(cosine: Tensor, confidence: float) -> float:
     """The tau at which softmax(tau * cosine) has this mean confidence, by bisection of its logarithm."""
     rows = cosine[:: max(1, cosine.shape[0] // CHUNK_ROWS)]
     low, high = 0.1, 1000.0
@@ -501,15 +534,12 @@ def fit_head(
 ) -> nn.Module:
     """A head with one hidden layer, or a linear one, AdamW on a one-cycle schedule."""
     count, device = real.shape[0], real.device
-    batch = min(max(BATCH[0], count // STEPS_PER_EPOCH), BATCH[1], max(count, 1))
+    batch = batch_rows(count)
     steps = epochs * max(STEPS_PER_EPOCH, count // max(batch, 1))
     drawn = max(round(ANCHOR_WEIGHT * batch), 1) if reference.shape[0] else 0
     torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
-    width, classes = real.shape[1], targets.shape[1]
-    layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(DROPOUT)] if hidden else []
-    head = nn.Sequential(*layers, nn.Linear(hidden or width, classes)).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    head = new_head(real.shape[1], targets.shape[1], hidden).to(device)
+    step = descent(head, steps)
     queue = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if queue.shape[0] < batch:
@@ -517,9 +547,30 @@ def fit_head(
         rows, queue = queue[:batch].to(device), queue[batch:]
         picks = torch.randint(max(reference.shape[0], 1), (drawn,), generator=generator).to(device)
         scores = head(torch.cat([real[rows], reference[picks]]))
-        loss = F.cross_entropy(scores, torch.cat([targets[rows], answers[picks]]))
+        step(F.cross_entropy(scores, torch.cat([targets[rows], answers[picks]])))
+    return head.eval()
+
+
+def batch_rows(count: int) -> int:
+    """Real images per step of a fit to `count` of them."""
+    return min(max(BATCH[0], count // STEPS_PER_EPOCH), BATCH[1], max(count, 1))
+
+
+def new_head(width: int, classes: int, hidden: int) -> nn.Sequential:
+    """A head that nothing has been fitted to, from K features to C logits."""
+    layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(DROPOUT)] if hidden else []
+    return nn.Sequential(*layers, nn.Linear(hidden or width, classes))
+
+
+def descent(head: nn.Module, steps: int) -> Callable[[Tensor], None]:
+    """What takes the next of `steps` steps down a loss of the head."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+
+    def step(loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    return head.eval()
+
+    return step

@@ -18,8 +18,16 @@ from synth_refine._error import InputError
 
 FINE, BAD_INPUT, INTERRUPTED = 0, 3, 130
 
-REFINERS = {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")}
-"""What each refiner needs besides features and given labels."""
+NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
+    "refine": {"paper": ("logits", "prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")},
+    "scale": {"paper": ("prototypes", "threshold"), "anchored": ("anchors", "anchor_labels")},
+}
+"""What each refiner needs besides features and given labels, and nobody else can use."""
+
+SPARED: dict[str, dict[str, tuple[str, ...]]] = {
+    "scale": {"paper": ("logits", "head", "weight", "address"), "anchored": ("seed",)}
+}
+"""What it can do without, and nobody else can use."""
 
 FORMATS = ("plc", "lra", "dividemix", "unicon", "cifar-n", "kv", "imagefolder", "csv", "jsonl", "parquet", "cleanlab")
 """Those of `synth_refine.export.FORMATS`."""
@@ -40,7 +48,9 @@ SCALE = """examples:
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
       --threshold 0.5 --out refined-shards
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
-      --head head.npy --threshold 0.6 --out refined-with-classifier"""
+      --head head.npy --threshold 0.6 --out refined-with-classifier
+  synth-refine scale --refiner anchored --features features.npy --anchors synthetic.npy \\
+      --anchor-labels synthetic_labels.npy --given given.npy --out refined-by-posterior"""
 APPLY = """examples:
   synth-refine apply refined --given given.npy --out labels.npy
   synth-refine apply refined --given given.npy --out reviewed.npy --decisions decisions.csv"""
@@ -98,12 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_usage(options: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     usage: Callable[[str], NoReturn] = options.usage
-    if options.command == "refine":
-        for refiner, names in REFINERS.items():
-            for name in names:
+    if options.command in NEEDED:
+        for refiner, names in NEEDED[options.command].items():
+            spared = SPARED.get(options.command, {}).get(refiner, ())
+            for name in names if refiner == options.refiner else (*names, *spared):
                 if (getattr(options, name) is None) == (refiner == options.refiner):
                     fault = "needs" if refiner == options.refiner else "has no use for"
                     usage(f"--refiner {options.refiner} {fault} --{name.replace('_', '-')}")
+    if options.command == "scale" and options.refiner == "anchored" and options.engine != "local":
+        usage(f"--refiner anchored has no use for --engine {options.engine}: it trains in one process")
     if options.command == "run" and options.config is None:
         for name, shown in (("images", "IMAGES"), ("out", "--out FOLDER")):
             if getattr(options, name) is None:
@@ -132,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     refine = command("refine", "refine given labels and write the artifact", REFINE)
     refine.add_argument("--features", required=True, metavar="NPY", help="features of the images, (N, D) floats")
-    refine.add_argument("--refiner", choices=sorted(REFINERS), default="paper", help="(%(default)s)")
+    refine.add_argument("--refiner", choices=("anchored", "paper"), default="paper", help="(%(default)s)")
     refine.add_argument("--logits", metavar="NPY", help="paper: outputs of a classifier, (N, C) floats")
     refine.add_argument("--prototypes", metavar="NPY", help="paper: mean synthetic features, (C, D) floats")
     _labels_option(refine, "--given", "the labels as given")
@@ -149,12 +162,16 @@ def _parser() -> argparse.ArgumentParser:
     scale = command("scale", "refine millions of labels shard by shard; started again, it goes on", SCALE)
     scale.add_argument("--features", required=True, metavar="PATH", help="(N, D) floats: .npy, or folder of shards")
     scale.add_argument("--given", required=True, metavar="PATH", help="the labels as given: .npy, or folder of shards")
-    scale.add_argument("--prototypes", required=True, metavar="NPY", help="mean synthetic features, (C, D) floats")
-    scale.add_argument("--threshold", required=True, type=_finite, help="smallest score that replaces a label")
+    scale.add_argument("--refiner", choices=("anchored", "paper"), default="paper", help="(%(default)s)")
+    scale.add_argument("--prototypes", metavar="NPY", help="paper: mean synthetic features, (C, D) floats")
+    scale.add_argument("--threshold", type=_finite, help="paper: smallest score that replaces a label")
     scores = scale.add_mutually_exclusive_group()
-    scores.add_argument("--logits", metavar="PATH", help="outputs of a classifier, (N, C), stored as the features are")
-    scores.add_argument("--head", metavar="NPY", help="instead: a linear classifier, (C, D), or (C, D + 1) with bias")
-    scale.add_argument("--weight", type=float, help="weight of the similarity (0.5 with a classifier, 1 without)")
+    scores.add_argument("--logits", metavar="PATH", help="paper: outputs of a classifier, (N, C), stored like features")
+    scores.add_argument("--head", metavar="NPY", help="paper: instead a linear one, (C, D), or (C, D + 1) with bias")
+    scale.add_argument("--weight", type=float, help="paper: of the similarity (0.5 with a classifier, 1 without)")
+    scale.add_argument("--anchors", metavar="NPY", help="anchored: features of the synthetic images, (M, D) floats")
+    scale.add_argument("--anchor-labels", metavar="FILE", help="anchored: the class each of them was made for")
+    scale.add_argument("--seed", type=int, help="anchored: same seed, same result (0)")
     scale.add_argument("--shard-rows", type=int, help="rows of a .npy per shard (262144)")
     scale.add_argument("--engine", choices=("local", "ray"), default="local", help="(%(default)s)")
     scale.add_argument("--address", help="ray: of the cluster; by default RAY_ADDRESS, or a new one on this machine")
@@ -201,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", "refine a folder of images per class and write a page to review", RUN)
     run.usage = "synth-refine run IMAGES --out FOLDER [options]\n       synth-refine run --config YAML [options]"
     run.add_argument("--synthetic", metavar="SOURCE", help="synthetic images, like IMAGES; generated where not given")
-    run.add_argument("--refiner", choices=sorted(REFINERS), help="(anchored)")
+    run.add_argument("--refiner", choices=("anchored", "paper"), help="(anchored)")
     run.add_argument("--threshold", type=_auto, metavar="auto|X", help="smallest score that changes a label (auto)")
     run.add_argument("--seed", type=int, help="same seed, same result (0)")
     run.add_argument("--config", metavar="YAML", help="settings, as in the config.yaml of a result; options come first")

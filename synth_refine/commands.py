@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from synth_refine import pipeline
 from synth_refine._check import InputError, check_array
 from synth_refine.anchored import anchored_posterior
+from synth_refine.anchored_shards import anchored_shards
 from synth_refine.artifact import (
     Artifact,
     Damaged,
@@ -132,15 +133,9 @@ def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[n
 
 def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
     """What the anchored refiner decides, as arguments of `record`."""
-    anchors, anchor_labels = read_npy("anchors", options.anchors, "f"), read_labels(options.anchor_labels)
     check_array("given", given, (len(features),))
+    anchors, anchor_labels, num_classes = _read_anchors(options)
     check_array("anchors", anchors, ("M", features.shape[1]))
-    check_array("anchor_labels", anchor_labels, (len(anchors),))
-    num_classes = int(anchor_labels.max()) + 1 if len(anchor_labels) else 0
-    fit = np.isfinite(anchors).all(axis=1)
-    if not fit.all():  # `embed` gives such features to images that it cannot decode
-        _say(f"{(~fit).sum()} of {len(fit)} anchors are left out: their features are not finite")
-        anchors, anchor_labels = anchors[fit], anchor_labels[fit]
     check_row_order(given, prototype_classes(features, anchors, anchor_labels, num_classes), num_classes)
     posterior = anchored_posterior(
         features,
@@ -165,7 +160,37 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
     }
 
 
+def _read_anchors(options: argparse.Namespace) -> tuple[NDArray[Any], NDArray[np.int64], int]:
+    """Features of the synthetic images that have some, (M, D), the class of each, (M,), and the number of classes."""
+    anchors, anchor_labels = read_npy("anchors", options.anchors, "f"), read_labels(options.anchor_labels)
+    check_array("anchors", anchors, ("M", "D"))
+    check_array("anchor_labels", anchor_labels, (len(anchors),))
+    num_classes = int(anchor_labels.max()) + 1 if len(anchor_labels) else 0
+    fit = np.isfinite(anchors).all(axis=1)
+    if not fit.all():  # `embed` gives such features to images that it cannot decode
+        _say(f"{(~fit).sum()} of {len(fit)} anchors are left out: their features are not finite")
+    return anchors[fit], anchor_labels[fit], num_classes
+
+
 def _scale(options: argparse.Namespace) -> int:
+    shard_rows = SHARD_ROWS if options.shard_rows is None else options.shard_rows
+    if options.refiner == "anchored":
+        anchors, anchor_labels, num_classes = _read_anchors(options)
+        done = anchored_shards(
+            options.features,
+            options.given,
+            anchors,
+            anchor_labels,
+            options.out,
+            num_classes=num_classes,
+            seed=options.seed or 0,
+            shard_rows=shard_rows,
+            progress=sys.stderr.isatty(),
+        )
+        if done.note:
+            _say(f"nothing is changed: {done.note}")
+        _show({"out": options.out, **asdict(done)})
+        return FINE
     summary = refine_shards(
         options.features,
         options.given,
@@ -175,7 +200,7 @@ def _scale(options: argparse.Namespace) -> int:
         logits=options.logits,
         head=None if options.head is None else read_npy("head", options.head, "f"),
         weight=options.weight,
-        shard_rows=SHARD_ROWS if options.shard_rows is None else options.shard_rows,
+        shard_rows=shard_rows,
         engine=options.engine,
         address=options.address,
         progress=sys.stderr.isatty(),

@@ -177,13 +177,10 @@ def decide(
     device = given.device if isinstance(given, Tensor) else torch.device("cpu")
     belief = float_tensor(posterior.posterior, torch.float32, device)
     labels_given = label_tensor(given, device)
-    rows = torch.arange(belief.shape[0], device=device)
-    stays = belief[rows, labels_given]
-    best, winner = belief.max(dim=1) if belief.shape[0] else (belief.new_empty(0), labels_given)
-    winner = torch.where(stays >= best, labels_given, winner)  # ties go to the given label
+    best, stays, winner = winners(belief, labels_given)
     odds = best / stays.clamp_min(1e-9)
     if margin is None:
-        margin = 1 + (NOISE_FLOOR / max(posterior.noise_before, 1e-6)) ** 2
+        margin = default_margin(posterior.noise_before)
 
     skipped = torch.as_tensor(posterior.skipped, device=device)
     reasons = torch.ones_like(winner)
@@ -219,6 +216,18 @@ def decide(
         harmful=harmful,
         blind=harmful and blind,
     )
+
+
+def winners(belief: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best class's probability, the given one's, and the best class, (N,) each; ties go to the given label."""
+    stays = belief[torch.arange(belief.shape[0], device=belief.device), given]
+    best, winner = belief.max(dim=1) if belief.shape[0] else (belief.new_empty(0), given)
+    return best, stays, torch.where(stays >= best, given, winner)
+
+
+def default_margin(noise: float) -> float:
+    """The odds that a change has to exceed where this fraction of the given labels is wrong."""
+    return 1 + (NOISE_FLOOR / max(noise, 1e-6)) ** 2
 
 
 def _limits(thresholds: Sequence[float] | Array | float | None, classes: int) -> Tensor:

@@ -190,7 +190,7 @@ def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weig
     else:
         scores = logits.softmax(dim=1).mul_((1 - weight) * lengths).addmm_(features, directions)
         scored &= logits.amax(dim=1, keepdim=True).isfinite() & logits.amin(dim=1, keepdim=True).isfinite()
-    values, classes = _best(scores, max(2, top))
+    values, classes = best_classes(scores, max(2, top))
     ties = torch.empty((0, 2), dtype=torch.int64, device=scores.device)
     if values.shape[1] > 1 and bool((tied := values[:, 0] == values[:, 1]).any()):
         scores.scatter_(1, classes, values)  # what the search took out
@@ -199,7 +199,7 @@ def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weig
     return Scored(classes.masked_fill(~scored, -1), values.masked_fill(~scored, torch.nan), ties)
 
 
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best_classes(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest scores of each row and their columns, (n, count), the lower column first among equals.
 
     Found one after the other, each replaced by minus infinity in `scores`: for a handful of them that is two to three

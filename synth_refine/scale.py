@@ -14,9 +14,10 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -164,35 +165,44 @@ def refine_shards(
     """
     if engine not in ENGINES:
         raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
-    if shard_rows < 1:
-        raise InputError(f"shard_rows: expected at least 1, got {shard_rows}")
-    if find_spec("pyarrow") is None:
-        raise InputError("out: Parquet needs pyarrow; install it with `pip install 'synth-refine[parquet]'`")
     rule = make_rule(prototypes, threshold, head, weight, logits is not None)
     shards = cut_shards(features, given, logits, shard_rows)
     _check_width(shards[0], rule)
     config = _config(rule, shards)
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
-    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     with locked(root):
-        _settle_config(root, config)
-        (root / "shards").mkdir(exist_ok=True)
-        done = _verified(root, shards, config_hash)
-        todo = [shard for shard in shards if shard.number not in done]
-        reused = len(done)
-        work = _Work(rule, str(root / "shards"))
-        results = _here(work, todo) if engine == "local" else _on_ray(work, todo, address)
-        with open(root / "manifest.jsonl", "ab") as manifest:
-            bar = tqdm(results, "shards", total=len(shards), initial=reused, disable=not progress)
-            for line in bar:
-                done[line["shard"]] = line
-                manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
-                manifest.flush()
-                os.fsync(manifest.fileno())
-        if missing := [shard.name for shard in shards if shard.number not in done]:
-            raise RuntimeError(f"engine: expected every shard back, {missing[0]} did not come")
-        _write_labels(root, shards)
+        settle_config(root, config)
+        return write_shards(root, shards, config, partial(refine_shard, rule), engine, address, progress)
+
+
+def write_shards(
+    root: Path,
+    shards: list[Shard],
+    config: dict[str, Any],
+    score: Callable[[Shard], tuple[pa.Table, int]],
+    engine: str,
+    address: str | None,
+    progress: bool,
+) -> Summary:
+    """Write every shard that is not there as its manifest line says, then the labels of all; `root` is locked."""
+    (root / "shards").mkdir(exist_ok=True)
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    done = _verified(root, shards, config_hash)
+    todo = [shard for shard in shards if shard.number not in done]
+    reused = len(done)
+    work = _Work(score, str(root / "shards"))
+    results = _here(work, todo) if engine == "local" else _on_ray(work, todo, address)
+    with open(root / "manifest.jsonl", "ab") as manifest:
+        bar = tqdm(results, "shards", total=len(shards), initial=reused, disable=not progress)
+        for line in bar:
+            done[line["shard"]] = line
+            manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
+            manifest.flush()
+            os.fsync(manifest.fileno())
+    if missing := [shard.name for shard in shards if shard.number not in done]:
+        raise RuntimeError(f"engine: expected every shard back, {missing[0]} did not come")
+    _write_labels(root, shards)
     rows, changed, skipped = (sum(line[name] for line in done.values()) for name in ("rows", "changed", "skipped"))
     return Summary(rows, changed, skipped, len(shards), reused)
 
@@ -231,13 +241,13 @@ def _on_ray(work: _Work, todo: list[Shard], address: str | None) -> Iterator[dic
 class _Work:
     """What is done to one shard, wherever: score it, write it, and say what was written."""
 
-    rule: Rule
+    score: Callable[[Shard], tuple[pa.Table, int]]
     folder: str
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
-        table, skipped = refine_shard(self.rule, shard)
+        table, skipped = self.score(shard)
         data = io.BytesIO()
         # Scores hardly repeat: a dictionary of them costs time and space.
         pq.write_table(table, data, use_dictionary=["given", "refined"])
@@ -275,13 +285,8 @@ def _here(work: _Work, todo: list[Shard]) -> Iterator[dict[str, Any]]:
 
 def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
     """The table of one shard, and how many of its images could not be scored."""
-    import pyarrow as pa
-
     cpu, num_classes = torch.device("cpu"), rule.directions.shape[1]
-    parts = list(read_chunks("given", shard.given, SHARD_ROWS))
-    for part in parts:
-        check_labels(f"given in {shard.given.path}", part, num_classes)
-    given = np.concatenate(parts).astype(np.int64)
+    given = read_given(shard, num_classes)
     # Copies: what comes through Ray's object store is read-only.
     directions, limits = (float_tensor(values, torch.float32, cpu) for values in (rule.directions, rule.thresholds))
     head = None if rule.head is None else float_tensor(rule.head, torch.float32, cpu).T  # (D, C) or (D + 1, C)
@@ -306,15 +311,36 @@ def refine_shard(rule: Rule, shard: Shard) -> tuple[pa.Table, int]:
     best, confidence = classes[:, 0].astype(np.int64), scores[:, 0]
     accepted = (best >= 0) & (confidence >= limits.numpy()[best])
     refined = Refinement(best, confidence, accepted, np.concatenate(ties)).apply(given)
+    return shard_table(shard, given, refined, classes, scores), int((best < 0).sum())
+
+
+def read_given(shard: Shard, num_classes: int) -> NDArray[np.int64]:
+    """The given labels of a shard, (n,)."""
+    parts = list(read_chunks("given", shard.given, SHARD_ROWS))
+    for part in parts:
+        check_labels(f"given in {shard.given.path}", part, num_classes)
+    return np.concatenate(parts).astype(np.int64)
+
+
+def shard_table(
+    shard: Shard,
+    given: NDArray[np.int64],
+    refined: NDArray[Any],
+    classes: NDArray[np.int32],
+    scores: NDArray[np.float32],
+) -> pa.Table:
+    """What is written of a shard: its labels, and classes and scores from the best one down, (n, K)."""
+    import pyarrow as pa
+
     columns = {
         "row": np.arange(shard.first, shard.first + len(given)),
         "given": given.astype(np.int32),
         "refined": refined.astype(np.int32),
-        "confidence": confidence,
-        "classes": pa.FixedSizeListArray.from_arrays(classes.reshape(-1), top),
-        "scores": pa.FixedSizeListArray.from_arrays(scores.reshape(-1), top),
+        "confidence": np.ascontiguousarray(scores[:, 0]),
+        "classes": pa.FixedSizeListArray.from_arrays(classes.reshape(-1), classes.shape[1]),
+        "scores": pa.FixedSizeListArray.from_arrays(scores.reshape(-1), scores.shape[1]),
     }
-    return pa.table(columns), int((best < 0).sum())
+    return pa.table(columns)
 
 
 def make_rule(
@@ -363,6 +389,10 @@ def cut_shards(
     shard_rows: int,
 ) -> list[Shard]:
     """The inputs cut into shards whose rows belong together."""
+    if shard_rows < 1:
+        raise InputError(f"shard_rows: expected at least 1, got {shard_rows}")
+    if find_spec("pyarrow") is None:
+        raise InputError("out: Parquet needs pyarrow; install it with `pip install 'synth-refine[parquet]'`")
     parts = _pieces("features", features, shard_rows)
     layout = [piece.rows for piece in parts]
     first = np.cumsum([0, *layout])
@@ -505,24 +535,30 @@ def _config(rule: Rule, shards: list[Shard]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "format": FORMAT,
         "weight": rule.weight,
-        "threshold": limits[0] if (limits == limits[0]).all() else _digest(limits.tobytes()),
-        "prototypes": _digest(rule.directions.tobytes()),
-        "head": None if rule.head is None else _digest(rule.head.tobytes()),
+        "threshold": limits[0] if (limits == limits[0]).all() else digest(limits.tobytes()),
+        "prototypes": digest(rule.directions.tobytes()),
+        "head": None if rule.head is None else digest(rule.head.tobytes()),
     }
+    return config | input_digests(shards)
+
+
+def input_digests(shards: list[Shard]) -> dict[str, str]:
+    """What identifies the input files and how they are cut."""
+    digests = {}
     for name in ("features", "given", "logits"):
         pieces = [getattr(shard, name) for shard in shards]
         files = {piece.path: os.stat(piece.path) for piece in pieces if piece is not None}
         about = [(Path(path).name, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]
         cuts = [None if piece is None else (piece.start, piece.stop) for piece in pieces]
-        config[name] = _digest(json.dumps([about, cuts]).encode())
-    return config
+        digests[name] = digest(json.dumps([about, cuts]).encode())
+    return digests
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _settle_config(root: Path, config: dict[str, Any]) -> None:
+def settle_config(root: Path, config: dict[str, Any]) -> None:
     """Write down the configuration, or make sure that it is the one of the shards that are there."""
     path = root / "config.json"
     others = [one.name for one in (*root.iterdir(), *(root / "shards").glob("*")) if _is_foreign(one.name)]
