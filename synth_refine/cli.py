@@ -38,9 +38,10 @@ from synth_refine.export import FORMATS, export
 from synth_refine.files import file_hash, read_npy
 from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
+from synth_refine.on_ray import ADDRESS_HELP, ENGINE_HELP, ENGINES
 from synth_refine.refine import refine_labels
 from synth_refine.report import decided
-from synth_refine.scale import ENGINES, SHARD_ROWS, refine_shards
+from synth_refine.scale import SHARD_ROWS, refine_shards
 from synth_refine.trees import apply_tree, revert_tree
 
 FINE, PROBLEM, BAD_INPUT = 0, 1, 3
@@ -162,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--head", metavar="NPY", help="instead: a linear classifier, (C, D), or (C, D + 1) with bias")
     scale.add_argument("--weight", type=float, help="weight of the similarity (0.5 with a classifier, 1 without)")
     scale.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows of a .npy per shard (%(default)s)")
-    scale.add_argument("--engine", choices=ENGINES, default="local", help="(%(default)s)")
-    scale.add_argument("--address", help="ray: of the cluster; by default RAY_ADDRESS, or a new one on this machine")
+    scale.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
+    scale.add_argument("--address", help=ADDRESS_HELP)
     scale.add_argument("--out", required=True, metavar="FOLDER", help="Parquet shards, manifest and labels.npy")
 
     apply = command("apply", _apply, "turn given labels into the refined ones", APPLY)
@@ -233,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
         reader.add_argument("--weights", metavar="FILE", help="local weights of the encoder")
         reader.add_argument("--device", help="cpu, cuda (the GPU if there is one)")
         reader.add_argument("--workers", type=int, help="processes that decode images (2)")
+        reader.add_argument("--engine", choices=ENGINES, help=f"what embeds; {ENGINE_HELP}")
+        reader.add_argument("--address", help=ADDRESS_HELP)
         reader.add_argument("--out", metavar="FOLDER", help="all results")
 
     command("env", _env, "show the versions that numbers depend on, as JSON", ENV)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from synth_refine._check import Array, InputError, check_array, check_floating, check_labels, float_tensor
 from synth_refine.artifact import versions
 from synth_refine.files import file_hash, locked, read_npy, write_atomic
+from synth_refine.on_ray import check_engine, on_cluster
 from synth_refine.refine import Refinement, chunk_rows, class_thresholds, prototype_directions, score_rows
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ SHARD_ROWS = 1 << 18
 """Rows of a .npy file per shard: 134 MB of 256 float16 features, a few seconds of work."""
 
 TOP = 5
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def refine_shards(
         weight: Weight of the cosine, in [0, 1]; by default 0.5 with a classifier and 1 without.
         shard_rows: Most rows of a .npy file that make a shard; a Parquet file is one shard.
         engine: `local`, this process; or `ray`, a Ray Data cluster whose nodes see the same folders.
-        address: Of the Ray cluster; by default the one that RAY_ADDRESS names, or a new local one.
+        address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
+            local one.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -161,8 +162,7 @@ def refine_shards(
             configuration or of inputs that have changed since.
         BlockingIOError: Another process is writing to `out`.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
+    check_engine(engine)
     if shard_rows < 1:
         raise InputError(f"shard_rows: expected at least 1, got {shard_rows}")
     if find_spec("pyarrow") is None:
@@ -200,29 +200,7 @@ def _on_ray(work: _Work, todo: list[Shard], address: str | None) -> Iterator[dic
 
     A task that is repeated, because its worker or its node died, writes the same file again, whole or not at all.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError("engine: ray is not installed; install it with `pip install 'synth-refine[ray]'`") from error
-    if not todo:
-        return
-    if not ray.is_initialized():
-        ray.init(address=address)
-    by_number = {shard.number: shard for shard in todo}
-    numbers = ray.data.from_items([{"shard": number} for number in by_number], override_num_blocks=len(todo))
-    numbers.context.enable_progress_bars = False  # the manifest's own shows what is done
-
-    def attempt(row: dict[str, int]) -> dict[str, str]:
-        try:
-            return {"line": json.dumps(work(by_number[row["shard"]])), "error": ""}
-        except InputError as error:  # as a value: Ray would wrap an exception, and no attempt can mend an input
-            return {"line": "", "error": str(error)}
-
-    for row in numbers.map(attempt, num_cpus=1).iter_rows():
-        if row["error"]:
-            raise InputError(row["error"])
-        yield json.loads(row["line"])
+    return on_cluster(todo, lambda shard: [work(shard)], address)
 
 
 @dataclass(frozen=True)
