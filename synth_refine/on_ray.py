@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -139,14 +140,23 @@ def _connected(address: str | None) -> Any:
     except ImportError as error:
         raise InputError(MISSING) from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it remarks that its bars are off
     if not ray.is_initialized():
         try:
+            _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}"
             ) from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nothing listens; Ray would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _enter(folder: str) -> None:
