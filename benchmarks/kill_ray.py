@@ -56,9 +56,10 @@ def wait_for(condition: Callable[[], Found | None]) -> Found:
 
 @contextmanager
 def cluster(count: int = 2) -> Iterator[Any]:
-    """A Ray cluster of a head that does no work and nodes of one CPU each, patient with a loaded machine."""
-    from ray.cluster_utils import Cluster
+    """A Ray cluster of a head that does no work and nodes of one CPU each, patient with a loaded machine.
 
+    Ray's library reads its settings when it is imported, so that it should not have been before.
+    """
     before = dict(os.environ)
     os.environ |= {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), before.get("PYTHONPATH")])),
@@ -67,6 +68,8 @@ def cluster(count: int = 2) -> Iterator[Any]:
         "RAY_worker_register_timeout_seconds": str(int(PATIENCE)),
         "RAY_health_check_timeout_ms": str(int(1000 * PATIENCE)),  # a dead raylet is noticed by its closed socket
     }
+    from ray.cluster_utils import Cluster
+
     made = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},

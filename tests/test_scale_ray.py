@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from synth_refine.images import embed_images, embedder, open_images
 from synth_refine.on_ray import on_cluster
 from synth_refine.scale import refine_shards
 
-pytest.importorskip("psutil")
-ray = pytest.importorskip("ray")
-
-# Ray's own sockets and files outlive it, and it announces changes to come.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # Ray's own sockets and files outlive it, and it announces changes to come
+    pytest.mark.skipif(find_spec("ray") is None or find_spec("psutil") is None, reason="needs ray and psutil"),
+]
 
 SHARDS, SHARD_ROWS = 40, 20
 PHOTOS, PHOTO_SHARD, BATCH = 60, 10, 4
@@ -41,6 +42,8 @@ GATED = 10  # shards that are done before the gate is asked for
 def cluster() -> Iterator[Any]:
     """A head that does no work and two nodes that do, each with a process of its own for everything."""
     with warnings.catch_warnings(), kill_ray.cluster() as made:
+        import ray  # not before the cluster's settings stand
+
         warnings.simplefilter("ignore")
         ray.init(address=made.address, log_to_driver=False)
         try:
