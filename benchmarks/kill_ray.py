@@ -14,12 +14,13 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from benchmarks.records import digest, environment, write_record
 from synth_refine.scale import refine_shards
 
 VICTIMS = ("node", "worker", "driver")
-SHARDS, SHARD_ROWS, FEATURES, CLASSES, THRESHOLD = 200, 2_000, 64, 100, 0.1
+SHARDS, SHARD_ROWS, FEATURES, CLASSES, THRESHOLD = 120, 2_000, 64, 100, 0.1
 PATIENCE = 600.0
 """Seconds until a wait is given up: a machine with other work to do may take minutes for what takes seconds."""
 
@@ -64,16 +65,13 @@ def cluster(count: int = 2) -> Iterator[Any]:
     os.environ |= {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), before.get("PYTHONPATH")])),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": str(int(PATIENCE)),
+        "RAY_raylet_start_wait_time_s": "120",
         "RAY_worker_register_timeout_seconds": str(int(PATIENCE)),
         "RAY_health_check_timeout_ms": str(int(1000 * PATIENCE)),  # a dead raylet is noticed by its closed socket
     }
     from ray.cluster_utils import Cluster
 
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **_node_options()})
     try:
         for _ in range(count):
             add_node(made)
@@ -88,7 +86,18 @@ def cluster(count: int = 2) -> Iterator[Any]:
 
 def add_node(made: Any) -> Any:
     """A node of one CPU more; `wait_for_nodes` waits for it."""
-    return made.add_node(wait=False, num_cpus=1, object_store_memory=80 << 20)
+    return made.add_node(wait=False, num_cpus=1, **_node_options())
+
+
+def _node_options() -> dict[str, int]:
+    """Little memory, and ports, because a node that has to find some gives up where its agents start slowly."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in names]
+        for one in held:
+            one.bind(("", 0))
+        ports = {name: one.getsockname()[1] for name, one in zip(names, held, strict=True)}
+    return {"object_store_memory": 80 << 20, **ports}
 
 
 def workers(made: Any, name: str = "ray::Map") -> list[tuple[Any, Any]]:
