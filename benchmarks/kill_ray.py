@@ -78,7 +78,7 @@ def cluster(count: int = 2) -> Iterator[Any]:
         made.wait_for_nodes(timeout=PATIENCE)
         yield made
     finally:
-        made.shutdown()
+        made.shutdown()  # type: ignore[no-untyped-call]
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ |= before

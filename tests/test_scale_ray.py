@@ -5,6 +5,7 @@ What is killed is always in the middle of its work: the work waits for a file th
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 import warnings
@@ -151,7 +152,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_images_embedded_on_the_cluster_are_the_same_bytes_though_an_actor_is_killed(
+def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_killed(
     cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = partial(encoder_by_name, "timm:test_resnet", "weights.safetensors")
@@ -161,7 +162,16 @@ def test_images_embedded_on_the_cluster_are_the_same_bytes_though_an_actor_is_ki
     expected, bad = embed_images(build(), sources, tmp_path / "calm", workers=2, **options)
     assert sorted(bad) == [17, 58]
     assert np.isfinite(np.delete(expected, [17, 58], axis=0)).all()
-    gate = tmp_path / "gate"
+    begun = next(shutil.copytree(tmp_path / "calm", tmp_path / "ray").iterdir())  # here, and gone on with there
+    for number in range(1, 6):
+        (begun / f"shard-{number:05d}.npy").unlink()
+    asked, gate = [], tmp_path / "gate"
+
+    def watched(items: Any, *rest: Any, **more: Any) -> Iterator[Any]:
+        asked.append([number for number, _, _ in items])
+        return on_cluster(items, *rest, **more)
+
+    monkeypatch.setattr(images, "on_cluster", watched)
 
     def make(device: str) -> Encoder:
         encoder, seen = build(device=device), 0
@@ -170,16 +180,15 @@ def test_images_embedded_on_the_cluster_are_the_same_bytes_though_an_actor_is_ki
         def embed(pixels: Tensor) -> Tensor:
             nonlocal seen
             seen += 1
-            while seen > 2 * 3 and not gate.exists():  # three batches are a shard
+            while seen > 3 and not gate.exists():  # three batches are a shard
                 time.sleep(0.05)
             return plain(pixels)
 
         encoder.embed = embed  # type: ignore[method-assign]
         return encoder
 
-    with_ray = {**options, "engine": "ray", "make": make}
-    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", **with_ray))
-    run.wait_for(lambda: [*(tmp_path / "ray").glob("features-*/shard-*.npy")])
+    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", engine="ray", make=make, **options))
+    run.wait_for(lambda: len([*begun.glob("shard-*.npy")]) > 1)
     [(actor, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))
     actor.kill()
     gate.touch()
@@ -187,27 +196,7 @@ def test_images_embedded_on_the_cluster_are_the_same_bytes_though_an_actor_is_ki
     assert features.tobytes() == expected.tobytes()
     assert also_bad == bad
     assert content(tmp_path / "ray") == content(tmp_path / "calm")
-
-
-def test_a_run_goes_on_with_the_other_engine_where_it_was(
-    cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = partial(encoder_by_name, "timm:test_resnet", photos / "weights.safetensors")
-    sources = open_images(photos / "in")
-    embed_images(make(), sources, tmp_path / "calm", shard_rows=PHOTO_SHARD)
-    before = content(tmp_path / "calm")
-    [lost] = (tmp_path / "calm").glob("features-*/shard-00002.npy")
-    lost.unlink()
-    asked = []
-
-    def watched(items: Any, *rest: Any, **options: Any) -> Iterator[Any]:
-        asked.append([number for number, _, _ in items])
-        return on_cluster(items, *rest, **options)
-
-    monkeypatch.setattr(images, "on_cluster", watched)
-    embed_images(make(), sources, tmp_path / "calm", shard_rows=PHOTO_SHARD, engine="ray", make=make)
-    assert content(tmp_path / "calm") == before
-    assert asked == [[2]]
+    assert asked == [[1, 2, 3, 4, 5]]
 
 
 def test_what_an_actor_cannot_use_is_one_line(cluster: Any, photos: Path, tmp_path: Path) -> None:
