@@ -251,6 +251,10 @@ def part_of(read: Reader, rows: range) -> Reader:
         return Files(read.paths[rows.start : rows.stop])
     if isinstance(read, TarMembers):
         return TarMembers(read.places[rows.start : rows.stop])
+    if isinstance(read, ParquetRows):  # without the row group that it holds
+        first = int(np.searchsorted(read.starts, rows.start, side="right")) - 1
+        groups = [group for group in read.groups[first:] if group[2] < rows.stop]
+        return ParquetRows([(path, group, start - rows.start) for path, group, start in groups], read.column)
     return From(read, rows.start)
 
 
