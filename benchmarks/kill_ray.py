@@ -2,10 +2,11 @@
 
     python benchmarks/kill_ray.py --kills 20 --out benchmarks/results/speed/kills
 
-A real cluster of a head and two nodes, each with processes of its own, on this machine. Every repetition starts
-`refine_shards` in a process, waits until a random number of shards is done and a random moment more, kills -9 a node's
-raylet, a worker that has a shard in hand, or the process itself, adds a node anew or starts the process again, and
-compares every Parquet file, the labels and the lines of the manifest with those of the plain loop.
+A real cluster of a head and two nodes, each with processes of its own, on this machine. Again and again it starts
+`refine_shards` in a process and, three times in a run, waits until a random number of shards is done and a random
+moment more, and kills -9 a node's raylet (a node is then added anew), a worker that has a shard in hand, or the process itself
+(it is then started again). In the end every file is compared with those of the plain loop: Parquet, labels and lines of
+the manifest, and that there is none besides.
 """
 
 from __future__ import annotations
@@ -147,48 +148,48 @@ def drive(folder: str, out: str, address: str) -> None:
     refine_shards(*arrays, prototypes, THRESHOLD, out, shard_rows=SHARD_ROWS, engine=engine, address=address)
 
 
-def repetition(
-    made: Any, folder: Path, out: Path, victim: str, rng: np.random.Generator, expected: dict[str, bytes]
-) -> dict[str, Any] | None:
-    """Start a run, kill, and compare; None where the run was over before the moment came."""
+def disturbed_run(
+    made: Any, folder: Path, out: Path, victims: Sequence[str], rng: np.random.Generator, expected: dict[str, bytes]
+) -> list[dict[str, Any]]:
+    """Start a run, kill one victim after the other, and compare; kills that came too late do not count."""
     command = [sys.executable, str(Path(__file__).resolve()), "--drive", str(folder), str(out), made.address]
-    after, delay = int(rng.integers(0, SHARDS)), float(rng.random() / 4)
-    manifest = out / "manifest.jsonl"
+    manifest, found = out / "manifest.jsonl", []
 
     def done() -> int:
         return manifest.read_bytes().count(b"\n") if manifest.exists() else 0
 
-    def moment() -> bool:
-        return run.poll() is not None or done() >= after
-
-    with open(out.with_suffix(".log"), "ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as run:
-        wait_for(moment)
-        time.sleep(delay)
-        if victim == "worker":
-            found = wait_for(lambda: workers(made) or run.poll() is not None)
-            if isinstance(found, list):
-                found[int(rng.integers(len(found)))][0].kill()
-        elif victim == "node" and run.poll() is None:
-            kill_node(made, nodes(made)[int(rng.integers(len(nodes(made))))])
-            add_node(made)
-        elif victim == "driver":
-            run.kill()
-        shards = done()
-        over = run.poll() == 0 or shards >= SHARDS
+    with open(out.with_suffix(".log"), "ab") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log)
+        for victim, after in zip(victims, np.sort(rng.integers(0, SHARDS, len(victims))).tolist(), strict=True):
+            delay = float(rng.random() / 4)
+            wait_for(lambda: run.poll() is not None or done() >= after)  # noqa: B023 (called at once)
+            time.sleep(delay)
+            if victim == "worker":
+                at_work = wait_for(lambda: workers(made) or run.poll() is not None)  # noqa: B023
+                if isinstance(at_work, list):
+                    at_work[int(rng.integers(len(at_work)))][0].kill()
+            elif victim == "node" and run.poll() is None:
+                kill_node(made, nodes(made)[int(rng.integers(len(nodes(made))))])
+                add_node(made)
+            elif victim == "driver":
+                run.kill()
+            shards = done()
+            if run.poll() == 0 or shards >= SHARDS:
+                break
+            found.append({"run": out.name, "killed": victim, "shards_done": shards, "delay_seconds": delay})
+            if victim == "driver":
+                run.wait()
+                run = subprocess.Popen(command, stdout=log, stderr=log)
         code = run.wait(PATIENCE)
-    if over:
-        made.wait_for_nodes(timeout=PATIENCE)
-        return None
-    if victim == "driver":
-        with open(out.with_suffix(".log"), "ab") as log:
+        if code == -signal.SIGKILL:  # the driver, just before its end
             code = subprocess.run(command, stdout=log, stderr=log, timeout=PATIENCE, check=False).returncode
     made.wait_for_nodes(timeout=PATIENCE)
     equal = code == 0 and written(out) == expected
-    return {"killed": victim, "shards_done": shards, "delay_seconds": delay, "exit_code": code, "equal": equal}
+    return [{**one, "exit_code": code, "equal": equal} for one in found]
 
 
 def kills(count: int, seed: int, scratch: Path) -> list[dict[str, Any]]:
-    """As many repetitions, each with one kill, by turns of a node, a worker and the process that drives."""
+    """As many kills, up to three in a run, of a node, a worker and the process that drives, in random order."""
     rng = np.random.default_rng(seed)
     folder = scratch / "arrays"
     folder.mkdir(parents=True)
@@ -200,22 +201,21 @@ def kills(count: int, seed: int, scratch: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     bar = tqdm(total=count, desc="kills", disable=None)
     with cluster() as made:
-        for attempt in range(5 * count):
+        for number in range(5 * count):
             if len(found) < count:
-                victim = VICTIMS[len(found) % len(VICTIMS)]
-                one = repetition(made, folder, scratch / f"run-{attempt}", victim, rng, expected)
-                found += [one] if one is not None else []
+                victims = rng.permutation(VICTIMS)[: count - len(found)].tolist()
+                found += disturbed_run(made, folder, scratch / f"run-{number:02d}", victims, rng, expected)
                 bar.update(len(found) - bar.n)
     return found
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per kind of victim and one of all."""
+    """A row per kind of victim and one of all: kills, the runs they were in, and how many of these ended equal."""
     rows = []
     for victim in (*VICTIMS, "all"):
         these = [one for one in found if victim in (one["killed"], "all")]
-        equal = sum(one["equal"] for one in these)
-        rows.append({"killed": victim, "shards": SHARDS, "kills": len(these), "equal_to_the_undisturbed_run": equal})
+        runs, equal = ({one["run"] for one in these if one["equal"] or not only} for only in (False, True))
+        rows.append({"killed": victim, "kills": len(these), "runs": len(runs), "equal_runs": len(equal)})
     return rows
 
 

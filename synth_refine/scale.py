@@ -190,6 +190,7 @@ def refine_shards(
                 os.fsync(manifest.fileno())
         if missing := [shard.name for shard in shards if shard.number not in done]:
             raise RuntimeError(f"engine: expected every shard back, {missing[0]} did not come")
+        _remove_unfinished(root)  # by workers of a cluster that were killed
         _write_labels(root, shards)
     rows, changed, skipped = (sum(line[name] for line in done.values()) for name in ("rows", "changed", "skipped"))
     return Summary(rows, changed, skipped, len(shards), reused)
@@ -520,9 +521,7 @@ def _brief(value: object) -> str:
 
 def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, dict[str, Any]]:
     """The lines of the manifest whose files are as they were written; the manifest is left with these alone."""
-    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
-        for leftover in root.glob(name):
-            leftover.unlink()
+    _remove_unfinished(root)
     path = root / "manifest.jsonl"
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -541,6 +540,13 @@ def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, di
         for line in done.values():
             manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
     return done
+
+
+def _remove_unfinished(root: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
+        for leftover in root.glob(name):
+            leftover.unlink()
 
 
 def _write_labels(root: Path, shards: list[Shard]) -> None:
