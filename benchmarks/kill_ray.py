@@ -4,9 +4,9 @@
 
 A real cluster of a head and two nodes, each with processes of its own, on this machine. Again and again it starts
 `refine_shards` in a process and, three times in a run, waits until a random number of shards is done and a random
-moment more, and kills -9 a node's raylet (a node is then added anew), a worker that has a shard in hand, or the process itself
-(it is then started again). In the end every file is compared with those of the plain loop: Parquet, labels and lines of
-the manifest, and that there is none besides.
+moment more, and kills -9 a node's raylet (a node is then added anew), a worker that has a shard in hand, or the process
+itself (it is then started again). In the end every file is compared with those of the plain loop: Parquet, labels and
+lines of the manifest, and that there is none besides.
 """
 
 from __future__ import annotations
