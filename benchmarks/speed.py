@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: python benchmarks/speed.py refine | lra | embed | scale.
+"""Speed as ratios within one run: python benchmarks/speed.py refine | lra | embed | embed_ray | scale.
 
 Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
 in the same process, and the median of the rounds counts.
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.records import digest, environment, write_record
-from benchmarks.speed_embed import embed
+from benchmarks.speed_embed import embed, embed_ray
 from benchmarks.speed_lra import lra
 from benchmarks.speed_scale import ROWS, plot, scale
 from synth_refine import refine_labels
@@ -128,7 +128,12 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {"refine": refine, "lra": lambda: [lra()], "embed": embed}
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "refine": refine,
+    "lra": lambda: [lra()],
+    "embed": embed,
+    "embed_ray": embed_ray,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

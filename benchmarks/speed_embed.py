@@ -1,10 +1,11 @@
-"""Speed of embedding image files against a bare loop over the same model: python benchmarks/speed.py embed."""
+"""Speed of embedding image files, against a bare loop and on Ray: python benchmarks/speed.py embed | embed_ray."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from synth_refine.encode import TorchEncoder, timm_encoder
+from synth_refine.encode import TorchEncoder, encoder_by_name, timm_encoder
 from synth_refine.images import content_hashes, embed_images, fitted, open_images
 
 MODEL = "resnet18"  # small, at the usual 224 pixels; random weights take as long as trained ones
+SMALL_MODEL = "test_resnet"  # half a million weights
 COUNT = 128
 SIDES = (500, 375)  # of the JPEG files: ImageNet's usual ones
 
@@ -57,6 +59,50 @@ def embed(rounds: int = 3, count: int = COUNT) -> list[dict[str, Any]]:
             "bare_images_per_second": count / statistics.median(bare for bare, _, _ in pairs),
             "hash_seconds": statistics.median(hashed for _, _, hashed in pairs),
             "speed_of_bare_loop": statistics.median(bare / ours for bare, ours, _ in pairs),
+        }
+    ]
+
+
+def embed_ray(count: int = 2_000, shard_rows: int = 250) -> list[dict[str, Any]]:
+    """PNG files of CIFAR's size through a small network, by the plain loop and by Ray Data on this machine.
+
+    The loop decodes in one process beside its own. Ray's figures are of the first run, with the start of a cluster, and
+    of a second one on the cluster that then stands, whose actors start anew.
+    """
+    import ray
+    from safetensors.torch import save_file
+    from timm import create_model
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "images" / "one").mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / "one" / f"{number:05d}.png")
+        weights = {name: value.contiguous() for name, value in create_model(SMALL_MODEL).state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+        make = partial(encoder_by_name, f"timm:{SMALL_MODEL}", folder / "weights.safetensors")
+        encoder, images = make(), open_images(folder / "images")
+        encoder.embed(torch.zeros((64, 3, 32, 32), dtype=torch.uint8))  # warm
+        hashes, times = content_hashes(images), []
+        for number, engine in enumerate(("local", "ray", "ray")):
+            start = time.perf_counter()
+            embed_images(
+                encoder, images, folder / f"kept{number}", hashes=hashes, workers=1, shard_rows=shard_rows,
+                engine=engine, address="local", make=make,
+            )  # fmt: skip
+            times.append(time.perf_counter() - start)
+        ray.shutdown()
+    return [
+        {
+            "model": SMALL_MODEL,
+            "images": count,
+            "shards": -(-count // shard_rows),
+            "loop_seconds": times[0],
+            "ray_seconds": times[2],
+            "ray_seconds_with_its_start": times[1],
         }
     ]
 

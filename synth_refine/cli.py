@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from synth_refine._error import InputError
+from synth_refine.on_ray import ADDRESS_HELP, ENGINE_HELP, ENGINES
 
 FINE, BAD_INPUT, INTERRUPTED = 0, 3, 130
 
@@ -173,8 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--anchor-labels", metavar="FILE", help="anchored: the class each of them was made for")
     scale.add_argument("--seed", type=int, help="anchored: same seed, same result (0)")
     scale.add_argument("--shard-rows", type=int, help="rows of a .npy per shard (262144)")
-    scale.add_argument("--engine", choices=("local", "ray"), default="local", help="(%(default)s)")
-    scale.add_argument("--address", help="ray: of the cluster; by default RAY_ADDRESS, or a new one on this machine")
+    scale.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
+    scale.add_argument("--address", help=ADDRESS_HELP)
     scale.add_argument("--out", required=True, metavar="FOLDER", help="Parquet shards, manifest and labels.npy")
 
     apply = command("apply", "turn given labels into the refined ones", APPLY)
@@ -248,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
         reader.add_argument("--weights", metavar="FILE", help="local weights of the encoder")
         reader.add_argument("--device", help="cpu, cuda (the GPU if there is one)")
         reader.add_argument("--workers", type=int, help="processes that decode images (2)")
+        reader.add_argument("--engine", choices=ENGINES, help=f"what embeds; {ENGINE_HELP}")
+        reader.add_argument("--address", help=ADDRESS_HELP)
         reader.add_argument("--out", required=needed, metavar="FOLDER", help="all results")
 
     command("env", "show the versions that numbers depend on, as JSON", ENV)

@@ -456,9 +456,9 @@ def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, shard_
     about = {"encoder": encoder.id, "images": images_hash(images), "shard_rows": shard_rows}
     parts = torch.split(images, shard_rows)
 
-    def compute(missing: list[int]) -> Iterator[Tensor]:
+    def compute(missing: list[int]) -> Iterator[tuple[int, Tensor]]:
         for number in tqdm(missing, "embedding", disable=None, leave=False):
-            yield encoder.embed(parts[number]).cpu()
+            yield number, encoder.embed(parts[number]).cpu()
 
     return kept_shards(folder, about, [len(part) for part in parts], compute).to(images.device)
 
@@ -467,7 +467,7 @@ def kept_shards(
     folder: Path | str | os.PathLike[str],
     about: dict[str, Any],
     counts: Sequence[int],
-    compute: Callable[[list[int]], Iterator[Tensor]],
+    compute: Callable[[list[int]], Iterator[tuple[int, Tensor]]],
 ) -> Tensor:
     """Features from the shards on disk; what is missing there or damaged is computed and kept.
 
@@ -475,10 +475,13 @@ def kept_shards(
         folder: Where the features of all encoders and images are kept; made if it is missing.
         about: All that the features depend on, as JSON takes it; it names their folder.
         counts: Rows of each shard.
-        compute: Gives the features of the shards of these numbers, one after the other.
+        compute: Gives the features of the shards of these numbers, with the number of each, in any order.
 
     Returns:
         The features of all shards, (N, D) float32, on the CPU.
+
+    Raises:
+        RuntimeError: A shard did not come.
     """
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     place = Path(folder) / f"features-{key}"
@@ -487,14 +490,17 @@ def kept_shards(
     names = [f"shard-{number:05d}.npy" for number in range(len(counts))]
     found = [_shard(place / name, listed.get(name), rows) for name, rows in zip(names, counts, strict=True)]
     missing = [number for number, features in enumerate(found) if features is None]
-    for number, features in zip(missing, compute(missing), strict=True):
+    for number, features in compute(missing):
         with write_atomic(place / names[number]) as file:
             np.save(file, features.numpy(), allow_pickle=False)
         listed[names[number]] = file_hash(place / names[number])
         with write_atomic(place / "manifest.json") as file:
             file.write(json.dumps({**about, "shards": dict(sorted(listed.items()))}, indent=1).encode())
         found[number] = features
-    return torch.cat([features for features in found if features is not None])
+    whole = [features for features in found if features is not None]
+    if len(whole) < len(found):
+        raise RuntimeError(f"compute: expected {len(found)} shards, got {len(whole)}")
+    return torch.cat(whole)
 
 
 def _listed(manifest: Path, about: dict[str, Any]) -> dict[str, str]:

@@ -13,15 +13,17 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from synth_refine._check import InputError, check_folder_name
 from synth_refine.encode import SHARD_ROWS, Encoder, Preprocess, kept_shards
 from synth_refine.files import open_plain, what_is
 from synth_refine.labels import check_unique, read_csv
+from synth_refine.on_ray import check_engine, on_cluster
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """Decoders that Pillow may use. Others start programs (EPS) or are rarely tested against hostile files."""
@@ -50,6 +53,8 @@ MAX_PIXELS = 89_478_485
 """Pillow's own limit for a decompression bomb, where it only warns."""
 BATCH_ROWS = 64
 MOST_CLASSES = 100_000  # a larger number in a column of labels is no class
+Embedded: TypeAlias = tuple[int, int, Tensor]  # number of a shard, place of a batch in it, features
+Decoded: TypeAlias = "tuple[int, int, NDArray[np.uint8], NDArray[np.bool_]]"  # likewise pixels, and which are good
 CIFAKE_NAME = re.compile(r"\d+(?: \((\d+)\))?")
 """CIFAKE numbers its classes in the file names: "1000.jpg" is of the first class, "1000 (2).jpg" of the second."""
 
@@ -264,6 +269,31 @@ def _bytes(path: str | os.PathLike[str], offset: int = 0, size: int = -1) -> byt
             return file.read(size)
         except OSError as error:
             raise InputError(f"image: cannot be read, {error.strerror or error}: {path}") from error
+
+
+@dataclass(frozen=True)
+class From:
+    """Reads rows that are counted from another one than the first."""
+
+    read: Reader
+    first: int
+
+    def __call__(self, row: int) -> bytes:
+        """The bytes of a row."""
+        return self.read(self.first + row)
+
+
+def part_of(read: Reader, rows: range) -> Reader:
+    """A reader of these rows, counted from 0, that does not carry along where all the others are."""
+    if isinstance(read, Files):
+        return Files(read.paths[rows.start : rows.stop])
+    if isinstance(read, TarMembers):
+        return TarMembers(read.places[rows.start : rows.stop])
+    if isinstance(read, ParquetRows):  # without the row group that it holds
+        first = int(np.searchsorted(read.starts, rows.start, side="right")) - 1
+        groups = [group for group in read.groups[first:] if group[2] < rows.stop]
+        return ParquetRows([(path, group, start - rows.start) for path, group, start in groups], read.column)
+    return From(read, rows.start)
 
 
 def _cell_bytes(cell: object, row: int) -> bytes:
@@ -618,9 +648,9 @@ def content_hashes(images: Images, *, threads: int = 4) -> list[str]:
 class Batches(Dataset[tuple[Tensor, Tensor]]):
     """Decoded images in batches of one size: (B, 3, H, W) uint8, and which of them are good, (B,) bool."""
 
-    def __init__(self, images: Images, batches: list[range], preprocess: Preprocess | None, size: tuple[int, int]):
+    def __init__(self, read: Reader, batches: list[range], preprocess: Preprocess | None, size: tuple[int, int]):
         """Batches of rows; `size` is the height and width that all images come in."""
-        self.images, self.batches, self.preprocess, self.size = images, batches, preprocess, size
+        self.read, self.batches, self.preprocess, self.size = read, batches, preprocess, size
         self.enough = None if preprocess is None else preprocess.size
 
     def __len__(self) -> int:
@@ -634,7 +664,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         good = np.zeros(len(rows), dtype=bool)
         for place, row in enumerate(rows):
             try:
-                image = fitted(decode(self.images.read(row), at_least=self.enough), self.preprocess)
+                image = fitted(decode(self.read(row), at_least=self.enough), self.preprocess)
             except InputError:
                 continue
             if (image.height, image.width) == self.size:
@@ -652,6 +682,9 @@ def embed_images(
     batch_rows: int = BATCH_ROWS,
     shard_rows: int = SHARD_ROWS,
     progress: str = "embedding",
+    engine: str = "local",
+    address: str | None = None,
+    make: Callable[..., Encoder] | None = None,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """Features of images on disk, decoded by workers while the encoder computes, and kept as `embed_cached` keeps them.
 
@@ -664,42 +697,59 @@ def embed_images(
         batch_rows: Images per batch.
         shard_rows: Images per shard, in which an interrupted run goes on.
         progress: What the bar says.
+        engine: `local`, this process and its workers; or `ray`, a cluster whose nodes see the same images and weights
+            under the same paths. A shard is decoded in one task and embedded in actors, with a GPU each where the
+            cluster has some; on processors of one kind both engines write the same bytes, and either goes on with what
+            the other began.
+        address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
+            local one.
+        make: For ray: called as make(device=...) in every actor, gives the encoder there, such as
+            partial(encoder_by_name, "timm:resnet50.a1_in1k").
 
     Returns:
         Features, (N, D) float32, NaN for images that could not be decoded, and why, by row.
 
     Raises:
-        InputError: No image at all could be decoded, or as the encoder's `embed`.
+        InputError: No image at all could be decoded, or as the encoder's `embed`; or Ray is missing, or a node has
+            another encoder.
     """
+    check_engine(engine)
+    wanted = encoder.id
+    actor = None if make is None else partial(embedder, make, wanted)
+    if engine == "ray" and actor is None:
+        raise InputError("make: expected what builds the encoder on a node of the cluster, got None")
     hashes = content_hashes(images) if hashes is None else hashes
     preprocess = getattr(encoder, "preprocess", None)
     size = preprocess.size if preprocess is not None and preprocess.size is not None else _first_size(images)
     count = len(images.ids)
     digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     # Features depend on how a file becomes pixels too; "files" keeps them apart from those of tensors.
-    about = {"encoder": encoder.id, "files": digest, "rows": count, "size": list(size), "shard_rows": shard_rows}
+    about = {"encoder": wanted, "files": digest, "rows": count, "size": list(size), "shard_rows": shard_rows}
     shards = [range(start, min(start + shard_rows, count)) for start in range(0, count, shard_rows)]
     bar = tqdm(total=count, desc=progress, unit="image", disable=None, leave=False)
 
-    def compute(missing: list[int]) -> Iterator[Tensor]:
-        batches = [
-            range(start, min(start + batch_rows, shards[number].stop))
-            for number in missing
-            for start in range(shards[number].start, shards[number].stop, batch_rows)
-        ]
-        bar.update(count - sum(map(len, batches)))
-        processes = min(workers, len(batches))
-        loader = DataLoader(Batches(images, batches, preprocess, size), batch_size=None, num_workers=processes)
-        parts: list[Tensor] = []
-        left = [len(shards[number]) for number in missing]
-        for pixels, good in loader:
-            features = _embed_good(encoder, pixels, good)
-            bar.update(len(good))
-            parts.append(features)
-            left[0] -= len(good)
-            if left[0] == 0:
-                yield torch.cat(parts)
-                parts, left = [], left[1:]
+    def here(missing: list[int]) -> Iterator[Embedded]:
+        keys = [(number, *one) for number in missing for one in enumerate(_cut(shards[number], batch_rows))]
+        dataset = Batches(images.read, [rows for _, _, rows in keys], preprocess, size)
+        loader = DataLoader(dataset, batch_size=None, num_workers=min(workers, len(keys)))
+        for (number, place, _), (pixels, good) in zip(keys, loader, strict=True):
+            yield number, place, _embed_good(encoder, pixels, good)
+
+    def on_ray(missing: list[int]) -> Iterator[Embedded]:
+        work = [(number, part_of(images.read, shards[number]), len(shards[number])) for number in missing]
+        task = partial(decoded_shard, batch_rows=batch_rows, preprocess=preprocess, size=size)
+        for number, place, features in on_cluster(work, task, address, actor=actor):
+            yield number, place, torch.from_numpy(features)
+
+    def compute(missing: list[int]) -> Iterator[tuple[int, Tensor]]:
+        bar.update(count - sum(len(shards[number]) for number in missing))
+        parts: dict[int, dict[int, Tensor]] = {number: {} for number in missing}
+        for number, place, features in (here if engine == "local" else on_ray)(missing):
+            bar.update(len(features))
+            parts[number][place] = features
+            if len(parts[number]) == len(_cut(shards[number], batch_rows)):
+                whole = parts.pop(number)
+                yield number, torch.cat([whole[place] for place in sorted(whole)])
 
     features = kept_shards(folder, about, [len(rows) for rows in shards], compute).numpy()
     bar.close()
@@ -709,6 +759,52 @@ def embed_images(
             f"images: expected at least one that can be decoded, got {why_bad(images, 0, preprocess, size)}"
         )
     return features, {int(row): why_bad(images, int(row), preprocess, size) for row in bad}
+
+
+def _cut(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def decoded_shard(
+    part: tuple[int, Reader, int], *, batch_rows: int, preprocess: Preprocess | None, size: tuple[int, int]
+) -> Iterator[Decoded]:
+    """A task on a cluster: the batches of a shard.
+
+    Args:
+        part: Number of the shard, a reader of its images, and how many there are.
+        batch_rows: See `embed_images`.
+        preprocess: Of the encoder.
+        size: Height and width.
+
+    Yields:
+        Number of the shard, place in it, pixels, (B, H, W, 3), and which are good, (B,).
+    """
+    number, read, count = part
+    batches = Batches(read, _cut(range(count), batch_rows), preprocess, size)
+    for place in range(len(batches)):
+        pixels, good = batches[place]
+        yield number, place, pixels.permute(0, 2, 3, 1).numpy(), good.numpy()
+
+
+def embedder(make: Callable[..., Encoder], wanted: str, device: str) -> Callable[[Decoded], tuple[int, int, Any]]:
+    """An actor on a cluster: embeds what `decoded_shard` gives.
+
+    Raises:
+        InputError: The encoder that `make` builds on this node cannot be had or has another id than `wanted`.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"engine: expected a GPU that torch can use on node {platform.node()}, got none")
+    encoder = make(device=device)
+    if encoder.id != wanted:
+        raise InputError(f"encoder: expected the same weights on every node, got others on node {platform.node()}")
+
+    def embed(batch: Decoded) -> tuple[int, int, Any]:
+        number, place, pixels, good = batch
+        # The same order of bytes as here, or a convolution may round otherwise.
+        features = _embed_good(encoder, torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(good))
+        return number, place, features.numpy()
+
+    return embed
 
 
 def _embed_good(encoder: Encoder, pixels: Tensor, good: Tensor) -> Tensor:

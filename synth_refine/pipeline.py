@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,19 @@ from synth_refine.files import locked, open_plain, remove_unfinished, write_atom
 from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, generate_images, generator_by_name
 from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
 from synth_refine.labels import csv_bytes
+from synth_refine.on_ray import check_engine
 from synth_refine.prototypes import class_prototypes, prototype_quality
 from synth_refine.refine import refine_labels
 from synth_refine.report import Review, write_report
 
 HEAD_EPOCHS = 8  # of the head on the given labels, for the paper's rule
-FREE = {"out", "device", "workers"}  # settings that a folder of results may be gone on with otherwise
+FREE = {
+    "out",
+    "device",
+    "workers",
+    "engine",
+    "address",
+}  # settings that a folder of results may be gone on with otherwise
 NEAREST = 5  # synthetic images shown beside a proposed change
 
 
@@ -79,6 +87,8 @@ class Settings:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     workers: int = 2  # processes that decode images
+    engine: str = "local"  # what embeds images: this machine, or ray, a cluster whose nodes see the same files
+    address: str | None = None  # of that cluster
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ def read_config(path: str) -> dict[str, Any]:
         extra = ", ".join(map(str, set(content) - set(kinds))) if isinstance(content, dict) else "no mapping"
         raise InputError(f"config: expected the entries {', '.join(kinds)} in {path}, got {extra}")
     for name, value in content.items():
-        optional = value is None and name in ("classes", "synthetic", "weights", "revision", "size")
+        optional = value is None and name in ("classes", "synthetic", "weights", "revision", "size", "address")
         if not optional and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             raise InputError(f"config: expected {kinds[name].__name__} for {name} in {path}, got {value!r}")
     return content
@@ -338,13 +348,22 @@ def _check(settings: Settings) -> None:
             raise InputError(f"templates: expected {{category}} where the class goes, got {template!r}")
     if settings.seed < 0 or settings.workers < 0:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
+    check_engine(settings.engine)
 
 
 def _features(
     encoder: Encoder, images: Images, out: Path, settings: Settings, what: str, hashes: list[str] | None = None
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     return embed_images(
-        encoder, images, out / "features", hashes=hashes, workers=settings.workers, progress=f"embedding {what}"
+        encoder,
+        images,
+        out / "features",
+        hashes=hashes,
+        workers=settings.workers,
+        progress=f"embedding {what}",
+        engine=settings.engine,
+        address=settings.address,
+        make=partial(encoder_by_name, settings.encoder, settings.weights),
     )
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from synth_refine._check import Array, InputError, check_array, check_floating, check_labels, float_tensor
 from synth_refine.artifact import versions
 from synth_refine.files import file_hash, locked, read_npy, write_atomic
+from synth_refine.on_ray import check_engine, on_cluster
 from synth_refine.refine import Refinement, chunk_rows, class_thresholds, prototype_directions, score_rows
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ SHARD_ROWS = 1 << 18
 """Rows of a .npy file per shard: 134 MB of 256 float16 features, a few seconds of work."""
 
 TOP = 5
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def refine_shards(
         weight: Weight of the cosine, in [0, 1]; by default 0.5 with a classifier and 1 without.
         shard_rows: Most rows of a .npy file that make a shard; a Parquet file is one shard.
         engine: `local`, this process; or `ray`, a Ray Data cluster whose nodes see the same folders.
-        address: Of the Ray cluster; by default the one that RAY_ADDRESS names, or a new local one.
+        address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
+            local one.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -163,8 +164,7 @@ def refine_shards(
             configuration or of inputs that have changed since.
         BlockingIOError: Another process is writing to `out`.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
+    check_engine(engine)
     rule = make_rule(prototypes, threshold, head, weight, logits is not None)
     shards = cut_shards(features, given, logits, shard_rows)
     _check_width(shards[0], rule)
@@ -202,6 +202,7 @@ def write_shards(
             os.fsync(manifest.fileno())
     if missing := [shard.name for shard in shards if shard.number not in done]:
         raise RuntimeError(f"engine: expected every shard back, {missing[0]} did not come")
+    _remove_unfinished(root)  # by workers of a cluster that were killed
     _write_labels(root, shards)
     rows, changed, skipped = (sum(line[name] for line in done.values()) for name in ("rows", "changed", "skipped"))
     return Summary(rows, changed, skipped, len(shards), reused)
@@ -212,29 +213,7 @@ def _on_ray(work: _Work, todo: list[Shard], address: str | None) -> Iterator[dic
 
     A task that is repeated, because its worker or its node died, writes the same file again, whole or not at all.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError("engine: ray is not installed; install it with `pip install 'synth-refine[ray]'`") from error
-    if not todo:
-        return
-    if not ray.is_initialized():
-        ray.init(address=address)
-    by_number = {shard.number: shard for shard in todo}
-    numbers = ray.data.from_items([{"shard": number} for number in by_number], override_num_blocks=len(todo))
-    numbers.context.enable_progress_bars = False  # the manifest's own shows what is done
-
-    def attempt(row: dict[str, int]) -> dict[str, str]:
-        try:
-            return {"line": json.dumps(work(by_number[row["shard"]])), "error": ""}
-        except InputError as error:  # as a value: Ray would wrap an exception, and no attempt can mend an input
-            return {"line": "", "error": str(error)}
-
-    for row in numbers.map(attempt, num_cpus=1).iter_rows():
-        if row["error"]:
-            raise InputError(row["error"])
-        yield json.loads(row["line"])
+    return on_cluster(todo, lambda shard: [work(shard)], address)
 
 
 @dataclass(frozen=True)
@@ -590,9 +569,7 @@ def _brief(value: object) -> str:
 
 def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, dict[str, Any]]:
     """The lines of the manifest whose files are as they were written; the manifest is left with these alone."""
-    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
-        for leftover in root.glob(name):
-            leftover.unlink()
+    _remove_unfinished(root)
     path = root / "manifest.jsonl"
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -611,6 +588,13 @@ def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, di
         for line in done.values():
             manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
     return done
+
+
+def _remove_unfinished(root: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
+        for leftover in root.glob(name):
+            leftover.unlink()
 
 
 def _write_labels(root: Path, shards: list[Shard]) -> None:

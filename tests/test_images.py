@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import tarfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from synth_refine import InputError
 from synth_refine.encode import Preprocess
 from synth_refine.images import (
+    From,
     HubRows,
     TarMembers,
     content_hashes,
@@ -26,6 +28,7 @@ from synth_refine.images import (
     embed_images,
     fitted,
     open_images,
+    part_of,
     read_classes,
 )
 
@@ -366,6 +369,31 @@ def test_classes_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "classes.yaml").write_text(text)
     with pytest.raises(InputError, match="classes"):
         read_classes(tmp_path / "classes.yaml")
+
+
+def test_a_part_of_a_reader_reads_the_same_and_carries_no_more_than_its_rows(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = [f"cat/{row:02d}.png" for row in range(12)]
+    save(tmp_path / "in", *names)
+    pictures = [(tmp_path / "in" / name).read_bytes() for name in names]
+    table = pytest.importorskip("pyarrow").table({"image": pictures, "label": [0] * 12})
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=5)
+    with tarfile.open(tmp_path / "rows.tar", "w") as archive:
+        for row in range(12):
+            for ending, content in (("png", pictures[row]), ("cls", b"0")):
+                member = tarfile.TarInfo(f"{row:02d}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    for source in ("in", "rows.parquet", "rows.tar"):
+        read = open_images(tmp_path / source).read
+        assert read(11) == pictures[11]
+        for rows in (range(12), range(3, 6), range(5, 10), range(11, 12)):
+            part = part_of(read, rows)
+            assert [part(row) for row in range(len(rows))] == [pictures[row] for row in rows]
+        small, whole = (len(pickle.dumps(part_of(read, rows))) for rows in (range(11, 12), range(12)))
+        assert small < whole
+    read = From(open_images(tmp_path / "in").read, 7)
+    assert read(2) == pictures[9]
 
 
 # ---- features ----

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from adapters.lra_diffusion import GLYPH_CLIP
-from synth_refine import InputError, cli, encode, pipeline
+from synth_refine import InputError, cli, encode, on_ray, pipeline
 from synth_refine.artifact import Artifact, WrongBase, WrongIds, read_artifact, record
 from synth_refine.encode import encoder_by_name
 from synth_refine.generate import Glyphs, Job
@@ -415,3 +415,31 @@ def test_a_killed_apply_leaves_no_folder_and_works_again(tmp_path: Path, monkeyp
     apply_tree(artifact, tmp_path / "old", tmp_path / "new")
     assert sorted(content(tmp_path / "new")) == ["cat/0.png", "cat/2.png", "dog/1.png", "dog/3.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_the_engine_is_checked_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(str(tmp_path / "none"), str(tmp_path / "out"), engine="ray")
+    monkeypatch.setattr(on_ray, "find_spec", lambda _: None)
+    missing = r"engine: ray is not installed; install it with `pip install 'synth-refine\[ray\]'`$"
+    with pytest.raises(InputError, match=missing):
+        run(settings, dry_run=True)
+    with pytest.raises(InputError, match="engine: expected local or ray, got 'dask'"):
+        pipeline.embed(replace(settings, engine="dask"))
+
+
+def test_a_dry_run_names_the_engine_and_another_one_may_go_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
+    monkeypatch.setattr(on_ray, "find_spec", lambda _: True)
+    arguments = ["run", "photos", "--classes", "classes.yaml", "--synthetic", "photos", "--out", "result"]
+    on_cluster = [*arguments, "--engine", "ray", "--address", "head:6379"]
+    assert cli.main([*on_cluster, "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["engine"], said["address"]) == ("ray", "head:6379")
+    assert not (source / "result").exists()
+    assert cli.main([*arguments, "--workers", "0"]) == 0
+    features = content(source / "result" / "features")
+    assert cli.main(on_cluster) == 0  # nothing is missing, so no cluster is asked for
+    assert content(source / "result" / "features") == features
+    assert cli.main(["report", "result"]) == 0

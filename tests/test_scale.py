@@ -304,3 +304,18 @@ def test_twenty_kills_change_nothing(data: Data, tmp_path: Path) -> None:
             refine_shards(*inputs, out, shard_rows=5)
             assert files(out) == files(tmp_path / "calm")
         runs.stdin.close()
+
+
+def test_a_worker_killed_while_it_wrote_leaves_no_file(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = scale._here
+
+    def with_a_death(work: Any, todo: Any) -> Any:
+        for line in plain(work, todo):
+            (tmp_path / "out" / "shards" / ".part-000001.parquet.1f.tmp").write_bytes(b"PAR1")
+            yield line
+
+    monkeypatch.setattr(scale, "_here", with_a_death)
+    refine_shards(data.root / "features.npy", data.root / "given.npy", data.prototypes, 0.4, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "shards").iterdir()] == ["part-000000.parquet"]

@@ -1,50 +1,56 @@
-"""The same shards on a real Ray cluster of several nodes, with a worker and a node killed in the middle."""
+"""Shards of features and of images on a real Ray cluster, with workers and a node killed in the middle.
+
+What is killed is always in the middle of its work: the work waits for a file that is made after the kill.
+"""
 
 from __future__ import annotations
 
-import os
+import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import Tensor
 
-from synth_refine import InputError, scale
+from benchmarks import kill_ray
+from synth_refine import InputError, images, scale
+from synth_refine.encode import Encoder, encoder_by_name
+from synth_refine.images import embed_images, embedder, open_images
+from synth_refine.on_ray import on_cluster
 from synth_refine.scale import refine_shards
 
-psutil = pytest.importorskip("psutil")
-ray = pytest.importorskip("ray")
-# Ray's own sockets and files outlive it, and it announces changes to come.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # Ray's own sockets and files outlive it, and it announces changes to come
+    pytest.mark.skipif(find_spec("ray") is None or find_spec("psutil") is None, reason="needs ray and psutil"),
+]
 
-SHARDS, SHARD_ROWS = 150, 20
+SHARDS, SHARD_ROWS = 40, 20
+PHOTOS, PHOTO_SHARD, BATCH = 60, 10, 4
+GATED = 10  # shards that are done before the gate is asked for
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head that does no work and two nodes that do, each with a process of its own for everything."""
-    from ray.cluster_utils import Cluster
+    with warnings.catch_warnings(), kill_ray.cluster() as made:
+        import ray  # not before the cluster's settings stand
 
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(scale.__file__).parent.parent)
-    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small = {"object_store_memory": 80 << 20}
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
-        workers = [made.add_node(num_cpus=1, **small) for _ in range(2)]
         ray.init(address=made.address, log_to_driver=False)
         try:
-            yield made, workers
+            yield made
         finally:
             ray.shutdown()
-            made.shutdown()
-            os.environ.pop("PYTHONPATH")
-            if before is not None:
-                os.environ["PYTHONPATH"] = before
 
 
 @pytest.fixture(scope="module")
@@ -56,40 +62,57 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     return root / "features.npy", root / "given.npy", rng.standard_normal((10, 16)).astype(np.float32), 0.3
 
 
-def written(out: Path) -> dict[str, bytes]:
-    """The files of a run; the manifest's lines come in the order in which the shards were finished."""
-    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    found["manifest.jsonl"] = b"\n".join(sorted(found["manifest.jsonl"].splitlines()))
-    return found
+class Run(threading.Thread):
+    """A run beside the test, with what came of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.work, self.outcome, self.error = work, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self.work()
+        except BaseException as error:
+            self.error = error
+
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
+        """What the condition gives while the work goes on."""
+        found = kill_ray.wait_for(lambda: condition() or not self.is_alive())
+        assert self.is_alive(), f"over before the kill: {self.error or self.outcome}"
+        return found
+
+    def result(self) -> Any:
+        self.join(kill_ray.PATIENCE)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.outcome
 
 
-def wait_for(lines: int, manifest: Path, run: threading.Thread) -> None:
-    while run.is_alive() and not (manifest.exists() and manifest.read_bytes().count(b"\n") >= lines):
-        time.sleep(0.02)
-    assert run.is_alive()
-
-
-def test_a_killed_worker_and_a_killed_node_change_nothing(cluster: Any, inputs: Any, tmp_path: Path) -> None:
-    made, nodes = cluster
+def test_a_killed_worker_and_a_killed_node_change_nothing(
+    cluster: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refine_shards(*inputs, tmp_path / "calm", shard_rows=SHARD_ROWS)
-    outcome: list[scale.Summary] = []
+    gate = tmp_path / "gate"
 
-    def run() -> None:
-        outcome.append(refine_shards(*inputs, tmp_path / "ray", shard_rows=SHARD_ROWS, engine="ray"))
+    class Gated(scale._Work):
+        def __call__(self, shard: scale.Shard) -> dict[str, Any]:
+            while shard.number >= GATED and not gate.exists():
+                time.sleep(0.05)
+            return super().__call__(shard)
 
-    thread = threading.Thread(target=run)
-    thread.start()
+    monkeypatch.setattr(scale, "_Work", Gated)
+    run = Run(lambda: refine_shards(*inputs, tmp_path / "ray", shard_rows=SHARD_ROWS, engine="ray"))
     manifest = tmp_path / "ray" / "manifest.jsonl"
-    wait_for(5, manifest, thread)
-    raylet = psutil.Process(nodes[0].all_processes["raylet"][0].process.pid)
-    [worker, *_] = [child for child in raylet.children() if child.name().startswith("ray::Map")]
+    run.wait_for(lambda: manifest.exists() and manifest.read_bytes().count(b"\n") >= GATED // 2)
+    [(worker, node), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
     worker.kill()
-    wait_for(20, manifest, thread)
-    made.remove_node(nodes[1], allow_graceful=False)
-    thread.join(timeout=120)
-    [summary] = outcome
-    assert summary == scale.Summary(SHARDS * SHARD_ROWS, summary.changed, 0, SHARDS, 0)
-    assert written(tmp_path / "ray") == written(tmp_path / "calm")
+    [(_, node), *_] = run.wait_for(lambda: [one for one in kill_ray.workers(cluster) if one[0].pid != worker.pid])
+    kill_ray.kill_node(cluster, node)
+    gate.touch()
+    assert run.result() == scale.Summary(SHARDS * SHARD_ROWS, run.outcome.changed, 0, SHARDS, 0)
+    assert kill_ray.written(tmp_path / "ray") == kill_ray.written(tmp_path / "calm")
 
 
 def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any, tmp_path: Path) -> None:
@@ -100,3 +123,93 @@ def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any,
         refine_shards(
             inputs[0], tmp_path / "given.npy", *inputs[2:], tmp_path / "out", shard_rows=SHARD_ROWS, engine="ray"
         )
+
+
+# ---- images ----
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of several sizes, two of them bad, and the weights of a tiny network."""
+    from safetensors.torch import save_file
+    from timm import create_model
+
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    (root / "in" / "cat").mkdir(parents=True)
+    for number in range(PHOTOS):
+        pixels = rng.integers(0, 256, (40 + number % 3, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "in" / "cat" / f"{number:02d}.png")
+    (root / "in" / "cat" / "17.png").write_bytes(b"<html>")
+    (root / "in" / "cat" / "58.png").write_bytes((root / "in" / "cat" / "57.png").read_bytes()[:300])
+    torch.manual_seed(0)
+    weights = create_model("test_resnet", pretrained=False).state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, root / "weights.safetensors")
+    return root
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_killed(
+    cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(encoder_by_name, "timm:test_resnet", "weights.safetensors")
+    monkeypatch.chdir(photos)  # relative paths mean the same on the nodes
+    sources = open_images("in")
+    options: dict[str, Any] = {"batch_rows": BATCH, "shard_rows": PHOTO_SHARD}
+    expected, bad = embed_images(build(), sources, tmp_path / "calm", workers=2, **options)
+    assert sorted(bad) == [17, 58]
+    assert np.isfinite(np.delete(expected, [17, 58], axis=0)).all()
+    begun = next(shutil.copytree(tmp_path / "calm", tmp_path / "ray").iterdir())  # here, and gone on with there
+    for number in range(1, 6):
+        (begun / f"shard-{number:05d}.npy").unlink()
+    asked, gate = [], tmp_path / "gate"
+
+    def watched(items: Any, *rest: Any, **more: Any) -> Iterator[Any]:
+        asked.append([number for number, _, _ in items])
+        return on_cluster(items, *rest, **more)
+
+    monkeypatch.setattr(images, "on_cluster", watched)
+
+    def make(device: str) -> Encoder:
+        encoder, seen = build(device=device), 0
+        plain = encoder.embed
+
+        def embed(pixels: Tensor) -> Tensor:
+            nonlocal seen
+            seen += 1
+            while seen > 3 and not gate.exists():  # three batches are a shard
+                time.sleep(0.05)
+            return plain(pixels)
+
+        encoder.embed = embed  # type: ignore[method-assign]
+        return encoder
+
+    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", engine="ray", make=make, **options))
+    run.wait_for(lambda: len([*begun.glob("shard-*.npy")]) > 1)
+    [(actor, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))
+    actor.kill()
+    gate.touch()
+    features, also_bad = run.result()
+    assert features.tobytes() == expected.tobytes()
+    assert also_bad == bad
+    assert content(tmp_path / "ray") == content(tmp_path / "calm")
+    assert asked == [[1, 2, 3, 4, 5]]
+
+
+def test_what_an_actor_cannot_use_is_one_line(cluster: Any, photos: Path, tmp_path: Path) -> None:
+    encoder = encoder_by_name("timm:test_resnet", photos / "weights.safetensors")
+    make = partial(encoder_by_name, "timm:test_resnet", photos / "none")
+    with pytest.raises(InputError, match=r"^weights: cannot be read, No such file or directory: .*none$"):
+        embed_images(encoder, open_images(photos / "in"), tmp_path, engine="ray", make=make)
+
+
+def test_an_actor_refuses_other_weights_and_a_gpu_that_is_not_there(photos: Path) -> None:
+    make = partial(encoder_by_name, "timm:test_resnet", photos / "weights.safetensors")
+    with pytest.raises(InputError, match="encoder: expected the same weights on every node, got others on node"):
+        embedder(make, "another", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="engine: expected a GPU that torch can use on node .*, got none"):
+            embedder(make, "", "cuda")

@@ -1,0 +1,248 @@
+"""Kill a run on a Ray cluster at random moments and compare what it leaves with what an undisturbed run does.
+
+    python benchmarks/kill_ray.py --kills 20 --out benchmarks/results/speed/kills
+
+A real cluster of a head and two nodes, each with processes of its own, on this machine. Again and again it starts
+`refine_shards` in a process and, three times in a run, waits until a random number of shards is done and a random
+moment more, and kills -9 a node's raylet (a node is then added anew), a worker that has a shard in hand, or the process
+itself (it is then started again). In the end every file is compared with those of the plain loop: Parquet, labels and
+lines of the manifest, and that there is none besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.records import digest, environment, write_record
+from synth_refine.scale import refine_shards
+
+VICTIMS = ("node", "worker", "driver")
+SHARDS, SHARD_ROWS, FEATURES, CLASSES, THRESHOLD = 120, 2_000, 64, 100, 0.1
+PATIENCE = 600.0
+"""Seconds until a wait is given up: a machine with other work to do may take minutes for what takes seconds."""
+
+Found = TypeVar("Found")
+
+
+def wait_for(condition: Callable[[], Found | None]) -> Found:
+    """What a condition gives once that is something true.
+
+    Raises:
+        TimeoutError: It stayed false.
+    """
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"expected {getattr(condition, '__name__', 'a condition')} within {PATIENCE} s")
+        time.sleep(0.01)
+    return found
+
+
+@contextmanager
+def cluster(count: int = 2) -> Iterator[Any]:
+    """A Ray cluster of a head that does no work and nodes of one CPU each, patient with a loaded machine.
+
+    Ray's library reads its settings when it is imported, so that it should not have been before.
+    """
+    before = dict(os.environ)
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), before.get("PYTHONPATH")])),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_worker_register_timeout_seconds": str(int(PATIENCE)),
+        "RAY_health_check_timeout_ms": str(int(1000 * PATIENCE)),  # a dead raylet is noticed by its closed socket
+    }
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **_node_options()})
+    try:
+        for _ in range(count):
+            add_node(made)
+        made.wait_for_nodes(timeout=PATIENCE)
+        yield made
+    finally:
+        made.shutdown()  # type: ignore[no-untyped-call]
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+
+
+def add_node(made: Any) -> Any:
+    """A node of one CPU more; `wait_for_nodes` waits for it."""
+    return made.add_node(wait=False, num_cpus=1, **_node_options())
+
+
+def _node_options() -> dict[str, int]:
+    """Little memory, and ports, because a node that has to find some gives up where its agents start slowly."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in names]
+        for one in held:
+            one.bind(("", 0))
+        ports = {name: one.getsockname()[1] for name, one in zip(names, held, strict=True)}
+    return {"object_store_memory": 80 << 20, **ports}
+
+
+def workers(made: Any, name: str = "ray::Map") -> list[tuple[Any, Any]]:
+    """Each process that has a piece of a map in hand at this moment, and its node."""
+    import psutil
+
+    def children(node: Any) -> list[Any]:
+        return _quietly(psutil.Process(node.all_processes["raylet"][0].process.pid).children) or []
+
+    pairs = [(child, node) for node in nodes(made) for child in children(node)]
+    return [(child, node) for child, node in pairs if (_quietly(child.name) or "").startswith(name)]
+
+
+def nodes(made: Any) -> list[Any]:
+    """The nodes that work, the oldest first."""
+    return sorted(made.worker_nodes, key=lambda node: int(node.all_processes["raylet"][0].process.pid))
+
+
+def _quietly(ask: Callable[[], Found]) -> Found | None:
+    """What a process says, or None where it has just ended."""
+    import psutil
+
+    try:
+        return ask()
+    except psutil.Error:
+        return None
+
+
+def kill_node(made: Any, node: Any) -> None:
+    """Kill -9 a node's raylet, which takes its workers along, and clear away what is left of the node."""
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    made.remove_node(node, allow_graceful=False)
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """The files of a run; the manifest's lines come in the order in which the shards were finished."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    found["manifest.jsonl"] = b"\n".join(sorted(found["manifest.jsonl"].splitlines()))
+    return found
+
+
+def drive(folder: str, out: str, address: str) -> None:
+    """One run; what is started, killed and started again."""
+    prototypes = np.load(Path(folder, "prototypes.npy"), allow_pickle=False)
+    arrays = (Path(folder, "features.npy"), Path(folder, "given.npy"))
+    engine = "ray" if address else "local"
+    refine_shards(*arrays, prototypes, THRESHOLD, out, shard_rows=SHARD_ROWS, engine=engine, address=address)
+
+
+def disturbed_run(
+    made: Any, folder: Path, out: Path, victims: Sequence[str], rng: np.random.Generator, expected: dict[str, bytes]
+) -> list[dict[str, Any]]:
+    """Start a run, kill one victim after the other, and compare; kills that came too late do not count."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--drive", str(folder), str(out), made.address]
+    manifest, found = out / "manifest.jsonl", []
+
+    def done() -> int:
+        return manifest.read_bytes().count(b"\n") if manifest.exists() else 0
+
+    with open(out.with_suffix(".log"), "ab") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log)
+        for victim, after in zip(victims, np.sort(rng.integers(0, SHARDS, len(victims))).tolist(), strict=True):
+            delay = float(rng.random() / 4)
+            wait_for(lambda: run.poll() is not None or done() >= after)  # noqa: B023 (called at once)
+            time.sleep(delay)
+            if victim == "worker":
+                at_work = wait_for(lambda: workers(made) or run.poll() is not None)  # noqa: B023
+                if isinstance(at_work, list):
+                    at_work[int(rng.integers(len(at_work)))][0].kill()
+            elif victim == "node" and run.poll() is None:
+                kill_node(made, nodes(made)[int(rng.integers(len(nodes(made))))])
+                add_node(made)
+            elif victim == "driver":
+                run.kill()
+            shards = done()
+            if run.poll() == 0 or shards >= SHARDS:
+                break
+            found.append({"run": out.name, "killed": victim, "shards_done": shards, "delay_seconds": delay})
+            if victim == "driver":
+                run.wait()
+                run = subprocess.Popen(command, stdout=log, stderr=log)
+        code = run.wait(PATIENCE)
+        if code == -signal.SIGKILL:  # the driver, just before its end
+            code = subprocess.run(command, stdout=log, stderr=log, timeout=PATIENCE, check=False).returncode
+    made.wait_for_nodes(timeout=PATIENCE)
+    equal = code == 0 and written(out) == expected
+    return [{**one, "exit_code": code, "equal": equal} for one in found]
+
+
+def kills(count: int, seed: int, scratch: Path) -> list[dict[str, Any]]:
+    """As many kills, up to three in a run, of a node, a worker and the process that drives, in random order."""
+    rng = np.random.default_rng(seed)
+    folder = scratch / "arrays"
+    folder.mkdir(parents=True)
+    np.save(folder / "features.npy", rng.standard_normal((SHARDS * SHARD_ROWS, FEATURES)).astype(np.float16))
+    np.save(folder / "given.npy", rng.integers(0, CLASSES, SHARDS * SHARD_ROWS))
+    np.save(folder / "prototypes.npy", rng.standard_normal((CLASSES, FEATURES)).astype(np.float32))
+    drive(str(folder), str(scratch / "calm"), "")
+    expected = written(scratch / "calm")
+    found: list[dict[str, Any]] = []
+    bar = tqdm(total=count, desc="kills", disable=None)
+    with cluster() as made:
+        for number in range(5 * count):
+            if len(found) < count:
+                victims = rng.permutation(VICTIMS)[: count - len(found)].tolist()
+                found += disturbed_run(made, folder, scratch / f"run-{number:02d}", victims, rng, expected)
+                bar.update(len(found) - bar.n)
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per kind of victim and one of all: kills, the runs they were in, and how many of these ended equal."""
+    rows = []
+    for victim in (*VICTIMS, "all"):
+        these = [one for one in found if victim in (one["killed"], "all")]
+        runs, equal = ({one["run"] for one in these if one["equal"] or not only} for only in (False, True))
+        rows.append({"killed": victim, "kills": len(these), "runs": len(runs), "equal_runs": len(equal)})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Kill as often as asked, and write a record of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"), help="folder of the record (%(default)s)")
+    parser.add_argument("--drive", nargs=3, help=argparse.SUPPRESS)  # what this script starts itself
+    options = parser.parse_args(arguments)
+    if options.drive:
+        drive(*options.drive)
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        found = kills(options.kills, options.seed, Path(scratch))
+    record = {
+        "benchmark": "kill_ray",
+        "environment": environment(),
+        "seed": options.seed,
+        "rows": table(found),
+        "kills": found,
+    }
+    write_record(options.out / f"kill_ray_{digest(record)}.json", record)
+    print(json.dumps(record["rows"], indent=1))
+    return 0 if len(found) == options.kills and all(one["equal"] for one in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Work on a Ray cluster: items in, results out, through Ray Data, whose are backpressure, retries and autoscaling.
+
+Every node needs this package and the same folders under the same paths. What travels is bytes: an item, a result, or
+why an input cannot be used, which no other attempt could mend and which ends the work with one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from synth_refine._error import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ENGINES = ("local", "ray")
+ENGINE_HELP = "ray: a cluster whose nodes see the same folders; what is written is the same (local)"
+ADDRESS_HELP = "ray: of the cluster; by default RAY_ADDRESS, a cluster running on this machine, or a new one"
+MISSING = "engine: ray is not installed; install it with `pip install 'synth-refine[ray]'`"
+PASSED_ON = (InputError, OSError, ImportError)
+"""What a user can do something about; all else is a fault of ours and comes with Ray's traceback."""
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an unknown engine, or Ray where it is not installed."""
+    if engine not in ENGINES:
+        raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
+    if engine == "ray" and find_spec("ray") is None:
+        raise InputError(MISSING)
+
+
+def on_cluster(
+    items: Sequence[Any],
+    task: Callable[[Any], Iterable[Any]],
+    address: str | None = None,
+    *,
+    actor: Callable[[str], Callable[[Any], Any]] | None = None,
+) -> Iterator[Any]:
+    """Do something with each item, a task each, and what comes of it in actors, where there is something to load.
+
+    Everything given and made must be such as cloudpickle takes. A task or a call that is repeated, because its worker
+    or its node died, has to come to the same again.
+
+    Args:
+        items: What the tasks are about; without any, no cluster is asked for.
+        task: Called with an item; gives results one by one, and waits where nobody takes them.
+        address: Of the cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new one.
+        actor: Called in each process of a pool that Ray sizes, with its device: "cuda", a GPU of its own, where the
+            cluster has GPUs, else "cpu". What it gives is called with every result of the tasks, and gives the results
+            to hand out.
+
+    Yields:
+        The results, each once, in no certain order.
+
+    Raises:
+        InputError: Ray is not installed, no cluster answers, or a task or an actor met an input it cannot use.
+    """
+    if not items:
+        return
+    ray = _connected(address)
+    cloudpickle, folder = ray.cloudpickle, os.getcwd()
+
+    def produce(batch: pa.Table) -> Iterator[pa.Table]:
+        _enter(folder)
+        try:
+            for result in task(cloudpickle.loads(_data(batch))):
+                yield _row(cloudpickle.dumps(result))
+        except PASSED_ON as error:
+            yield _row(cloudpickle.dumps(_failure(error)))
+
+    gpu = ray.cluster_resources().get("GPU", 0) > 0
+
+    class Acting:
+        def __init__(self) -> None:
+            _enter(folder)
+            try:
+                self.act = actor("cuda" if gpu else "cpu")  # type: ignore[misc]
+            except PASSED_ON as error:
+                failure = _failure(error)
+                self.act = lambda _: failure
+
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            given = cloudpickle.loads(_data(batch))
+            try:
+                result = given if isinstance(given, Failure) else self.act(given)
+            except PASSED_ON as error:
+                result = _failure(error)
+            return _row(cloudpickle.dumps(result))
+
+    rows = ray.data.from_items([{"data": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items))
+    rows.context.enable_progress_bars = rows.context.print_on_execution_start = False  # the caller shows what is done
+    whole: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    if actor is None:
+        done = rows.map_batches(produce, num_cpus=1, **whole)
+    else:
+        # An encoder takes several times the processor time of decoding. Of one CPU too, both get their share, or the
+        # last node of a cluster would wait for itself.
+        shares = ({"num_cpus": 1}, {"num_gpus": 1}) if gpu else ({"num_cpus": 0.25}, {"num_cpus": 0.75})
+        pool = ray.data.ActorPoolStrategy(min_size=1)
+        done = rows.map_batches(produce, **shares[0], **whole).map_batches(Acting, compute=pool, **shares[1], **whole)
+    for row in done.iter_rows():
+        result = cloudpickle.loads(row["data"])
+        if isinstance(result, Failure):
+            raise InputError(result.message)
+        yield result
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an input cannot be used, as a value: Ray would wrap an exception, or try again."""
+
+    message: str
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, InputError):
+        return Failure(str(error))
+    # A folder that this node does not see, perhaps, or its full disk.
+    return Failure(f"engine: {type(error).__name__} on node {platform.node()}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _connected(address: str | None) -> Any:
+    """Ray, connected to a cluster."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what Ray reports to its makers is for the user to switch on
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError(MISSING) from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it remarks that its bars are off
+    if not ray.is_initialized():
+        try:
+            _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}"
+            ) from error
+    return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nothing listens; Ray would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _enter(folder: str) -> None:
+    """Let relative paths mean what they do to the driver; absolute ones need no such folder on this node."""
+    with suppress(OSError):
+        os.chdir(folder)
+
+
+def _row(data: bytes) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table({"data": pa.array([data], pa.large_binary())})
+
+
+def _data(batch: pa.Table) -> bytes:
+    data: bytes = batch["data"][0].as_py()
+    return data
