@@ -180,14 +180,17 @@ def anchored_shards(
         "anchor_labels": digest(answers.numpy().tobytes()),
         **input_digests(shards),
     }
+    key = digest(json.dumps(config, sort_keys=True).encode())  # steps of another configuration are never mistaken
+    work = root / "work" / key[:16]
     with locked(root):
         settle_config(root, config)
         remove_unfinished(root)
         saved = _load(root / "model.safetensors")
-        if saved is None:
+        if saved is None or saved.info.get("config") != key:
             with torch.random.fork_rng(devices=[]), tqdm(unit=" rows", unit_scale=True, disable=not progress) as bar:
-                training = _Training(root / "work", shards, synthetic, answers, classes, seed, rounds, hidden, bar)
+                training = _Training(work, shards, synthetic, answers, classes, seed, rounds, hidden, bar)
                 saved = training.model()
+            saved.info["config"] = key
             _save(root / "model.safetensors", saved)
         if (root / "work").exists():
             shutil.rmtree(root / "work")
@@ -449,7 +452,7 @@ class _Training:
 
     def model(self) -> Saved:
         """What `Model.loaded` takes."""
-        self.work.mkdir(exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
         prepared, scratch = self._prepared()
         reference = prepared.pop("reference")
         first, least = self._first(scratch, reference)
