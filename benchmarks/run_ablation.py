@@ -12,12 +12,14 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -33,6 +35,7 @@ from benchmarks.refiners import Evidence
 from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, resolve_config
 from benchmarks.table import figure_of, is_wide, study_table
 from synth_refine import InputError, class_prototypes, refine_labels
+from synth_refine.anchored_shards import anchored_shards
 from synth_refine.files import write_atomic
 
 DISCARDED = -1
@@ -92,6 +95,22 @@ def several_prototypes(evidence: Evidence, count: int) -> Tensor:
     unused_logits = torch.zeros(len(evidence.features), len(prototypes), device=evidence.features.device)
     decision = refine_labels(evidence.features, unused_logits, prototypes, -1.0, weight=1.0)
     return torch.as_tensor(decision.labels) // count
+
+
+def over_shards(evidence: Evidence, *, sort: bool = False) -> Tensor:
+    """The anchored refiner over files, in shards and buckets of 4,096 rows; with `sort` in the given labels' order."""
+    order = evidence.given.argsort() if sort else torch.arange(len(evidence.given))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        np.save(root / "features.npy", evidence.features[order].cpu().numpy())
+        np.save(root / "given.npy", evidence.given[order].cpu().numpy())
+        paths = (root / "features.npy", root / "given.npy")
+        anchors = (evidence.synthetic.cpu().numpy(), evidence.synthetic_labels.cpu().numpy())
+        with patch("synth_refine.anchored_shards.BUCKET_ROWS", 4096):  # several of them, as with millions of images
+            anchored_shards(*paths, *anchors, root / "out", seed=evidence.seed, shard_rows=4096)
+        labels = evidence.given.clone()
+        labels[order] = torch.from_numpy(np.load(root / "out" / "labels.npy", allow_pickle=False)).to(labels)
+    return labels
 
 
 def modality(evidence: Evidence, source: str) -> Tensor:
@@ -158,6 +177,11 @@ STUDIES: dict[str, Study] = {
     "views": [  # two where the encoder is a frozen one and the initial classifier sees pixels
         Point("anchored", "features alone", on(partial(dataclasses.replace, two_views=False), refiners.anchored)),
         Point("anchored", "as configured", refiners.anchored),
+    ],
+    "shards": [
+        Point("anchored", "in memory", refiners.anchored),
+        Point("anchored", "over shards", over_shards),
+        Point("anchored", "over shards, rows sorted by label", partial(over_shards, sort=True)),
     ],
     "modality": [Point("zero-shot", source, partial(modality, source=source)) for source in ("text", "image", "both")],
     "discard": [  # of these the figure is the test accuracy of `standard`, of the others the noise

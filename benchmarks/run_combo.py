@@ -398,6 +398,8 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
         "test_accuracy": outcome.test_accuracy,
         "history": outcome.history,
     }
+    if count > 1:
+        torch.distributed.barrier()  # all have read the checkpoint that the first is about to remove
     if rank > 0:
         return record
     try:

@@ -26,12 +26,15 @@ import pyarrow.parquet as pq
 import torch
 
 from synth_refine._check import float_tensor
+from synth_refine.anchored_shards import anchored_shards
 from synth_refine.refine import chunk_rows
 from synth_refine.scale import SHARD_ROWS, cut_shards, make_rule, read_chunks, refine_shards
 
 ROWS = (10_000, 100_000, 1_000_000, 10_000_000)  # at 256 features and 1,000 classes
 CLASSES = (10, 100, 1_000, 10_000)  # at 1,000,000 images of 64 features
 RIVAL_SIZE = (200_000, 256, 1_000)  # cleanlab's: images, features, classes
+ANCHORED_SIZES = [(100_000, 64, 100), (1_000_000, 64, 100)]
+ANCHORED_ROUNDS = 2  # each takes as long as the next one
 BLOCK = 1 << 16
 THRESHOLD = 0.5
 
@@ -56,6 +59,35 @@ def _save_repeated(path: Path, block: Any, rows: int) -> None:
         np.lib.format.write_array_header_1_0(file, about)
         for start in range(0, rows, len(block)):
             file.write(block[: rows - start].tobytes())
+
+
+def make_classes(folder: Path, rows: int, width: int, num_classes: int) -> None:
+    """Float16 features of classes that can be told apart, a third of them labelled wrong, and ten anchors of each."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    means = 2 * rng.standard_normal((num_classes, width), dtype=np.float32)
+    true = np.arange(rows) * num_classes // rows  # sorted by class, as folders are read
+    given = np.where(rng.random(rows) < 1 / 3, rng.integers(0, num_classes, rows), true)
+    np.save(folder / "given.npy", given)
+    block = rng.standard_normal((BLOCK, width), dtype=np.float32)
+    with open(folder / "features.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (rows, width)})
+        for start in range(0, rows, BLOCK):
+            part = means[true[start : start + BLOCK]]
+            file.write((part + block[: len(part)]).astype(np.float16).tobytes())
+    labels = np.repeat(np.arange(num_classes), 10)
+    np.save(folder / "anchor_labels.npy", labels)
+    np.save(folder / "anchors.npy", means[labels] + rng.standard_normal((len(labels), width), dtype=np.float32))
+
+
+def anchored(folder: Path) -> dict[str, float]:
+    """The anchored refiner over shards, stopped after a few rounds."""
+    anchors, labels = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("anchors", "anchor_labels"))
+    start = time.perf_counter()
+    done = anchored_shards(
+        folder / "features.npy", folder / "given.npy", anchors, labels, folder / "out", rounds=ANCHORED_ROUNDS
+    )
+    return {"seconds": time.perf_counter() - start, "rounds": done.rounds, "changed": done.changed}
 
 
 def refine(folder: Path) -> dict[str, float]:
@@ -143,7 +175,7 @@ def cleanlab_batched(folder: Path) -> dict[str, float]:
 
 
 MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
-    one.__name__: one for one in (refine, resume, on_ray, ours, cleanlab_whole, cleanlab_batched)
+    one.__name__: one for one in (refine, anchored, resume, on_ray, ours, cleanlab_whole, cleanlab_batched)
 }
 
 
@@ -211,6 +243,16 @@ def scale(scratch: Path, largest: int = ROWS[-1], threads: int = 1) -> dict[str,
                     "ray_seconds_with_its_start": ray["ray_seconds_with_start"],
                 }
             )
+        shutil.rmtree(folder)
+    tables["scale_anchored"] = []
+    for rows, width, classes in ANCHORED_SIZES:
+        folder = scratch / f"anchored-{rows}"
+        make_classes(folder, min(rows, largest), width, classes)
+        figures = measured("anchored", folder, threads)
+        about = {"images": min(rows, largest), "features": width, "classes": classes}
+        changed = {"rounds": int(figures["rounds"]), "changed": round(figures["changed"] / about["images"], 3)}
+        cost = {"seconds": figures["seconds"], "peak_megabytes": round(figures["peak_megabytes"])}
+        tables["scale_anchored"].append({**about, **changed, **cost})
         shutil.rmtree(folder)
     rows, width, classes = RIVAL_SIZE
     rows = min(rows, largest)

@@ -185,6 +185,8 @@ def anchored_shards(
     with locked(root):
         settle_config(root, config)
         remove_unfinished(root)
+        for other in set((root / "work").glob("*")) - {work}:  # of a configuration that was given up
+            shutil.rmtree(other)
         saved = _load(root / "model.safetensors")
         if saved is None or saved.info.get("config") != key:
             with torch.random.fork_rng(devices=[]), tqdm(unit=" rows", unit_scale=True, disable=not progress) as bar:
@@ -317,7 +319,7 @@ def _state(head: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _key(*parts: int) -> int:
-    """A number that looks random, from these."""
+    """A number that looks random, from these; what it is for comes first, since zeros at the end change nothing."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -502,7 +504,7 @@ class _Training:
                 self.bar.update(len(chunk))
 
     def _bucket_of(self, numbers: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
-        return _hashed(torch.from_numpy(numbers), _key(self.seed), buckets).numpy()
+        return _hashed(torch.from_numpy(numbers), _key(0, self.seed), buckets).numpy()
 
     def _statistics(self) -> tuple[Frame, NDArray[np.int64]]:
         """The frame, and how many rows each bucket gets."""
@@ -558,7 +560,7 @@ class _Training:
             self.bar.set_description("prototypes")
             prototypes, confidence = anchor_prototypes(reference, self.anchor_labels, self.num_classes)
             bucket = scratch.bucket(0)
-            self._check_order(bucket, prototypes)
+            self._check_order(scratch, prototypes)
             sample = bucket[slice(None, None, math.ceil(len(bucket.given) * self.num_classes / SAMPLE_ELEMENTS))]
             tau = sharpness(Nearest(prototypes)(sample.features.float()), confidence)
             # By a T that is the same everywhere the posterior is the opinion: that of the first sums.
@@ -569,13 +571,15 @@ class _Training:
             saved = _save(path, Saved(reading.packed(), info))
         return Reading.unpacked(saved.tensors, 0), saved.info["log_likelihood"]
 
-    def _check_order(self, bucket: Rows, prototypes: Tensor) -> None:
-        """Refuse labels that are independent of the images; a bucket is a sample of both."""
-        if len(bucket.given) < ROWS_PER_CLASS * self.num_classes:
-            return
-        nearest = Nearest(prototypes)
-        classes = [nearest(chunk.features.float()).argmax(dim=1) for chunk in bucket.chunks(self.num_classes)]
-        check_row_order(bucket.given, torch.cat(classes), self.num_classes)
+    def _check_order(self, scratch: Scratch, prototypes: Tensor) -> None:
+        """Refuse labels that are independent of the images, by as many buckets as it takes; each is a sample."""
+        nearest, given, classes = Nearest(prototypes), [], []
+        for bucket in scratch.buckets():
+            given.append(bucket.given)
+            classes += [nearest(chunk.features.float()).argmax(dim=1) for chunk in bucket.chunks(self.num_classes)]
+            if sum(map(len, given)) >= ROWS_PER_CLASS * self.num_classes:
+                check_row_order(torch.cat(given), torch.cat(classes), self.num_classes)
+                return
 
     def _rounds(self, scratch: Scratch, reference: Tensor, first: Reading) -> tuple[Reading, list[dict[str, float]]]:
         """The last round's reading, and an entry per round as in `anchored.Posterior`."""
@@ -608,7 +612,7 @@ class _Training:
         self, scratch: Scratch, reference: Tensor, before: Reading, number: int, epochs: int
     ) -> tuple[Reading, dict[str, float]]:
         self.bar.set_description(f"round {number + 1}")
-        key = _key(self.seed, number)
+        key = _key(1, self.seed, number)
         heads = self._fit(scratch, reference, before, key, epochs, [torch.arange(len(reference))] * FOLDS)
         reading, sums = self._maximised(scratch, Reading(heads, key, before.by_given), MAXIMISATIONS)
         changed, sample = 0, scratch.bucket(0)
@@ -692,7 +696,7 @@ class _Training:
         path = self.work / "recognised.safetensors"
         if (saved := _load(path)) is None:
             self.bar.set_description("held-out anchors")
-            key, count = _key(self.seed, self.rounds), len(reference)
+            key, count = _key(2, self.seed), len(reference)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(key))
             fold_of = torch.arange(count) % FOLDS
             others = [order[fold_of != fold] if count >= FOLDS else order for fold in range(FOLDS)]

@@ -29,6 +29,7 @@ from synth_refine.artifact import (
     versions,
     write_artifact,
 )
+from synth_refine.cli import FINE
 from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
 from synth_refine.export import export
 from synth_refine.files import file_hash, read_npy
@@ -39,7 +40,7 @@ from synth_refine.report import decided
 from synth_refine.scale import SHARD_ROWS, refine_shards
 from synth_refine.trees import apply_tree, revert_tree
 
-FINE, PROBLEM = 0, 1
+PROBLEM = 1
 
 
 def _settings(options: argparse.Namespace) -> pipeline.Settings:

@@ -1,4 +1,4 @@
-"""The paper's rule over shards: millions of images with the memory of one shard, resumable, on one machine or many.
+"""The paper's rule over shards: millions of images in the memory of a shard per thread, on one machine or many.
 
 Features are .npy files (mapped into memory, float16 to float64) or Parquet files with a column `features`. Every piece
 of at most `SHARD_ROWS` rows becomes one Parquet file, written whole or not at all and then listed in manifest.jsonl
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from synth_refine._check import Array, InputError, check_array, check_floating, check_labels, float_tensor
 from synth_refine.artifact import versions
-from synth_refine.files import file_hash, locked, read_npy, write_atomic
+from synth_refine.files import file_hash, locked, read_npy, remove_unfinished, write_atomic
 from synth_refine.on_ray import check_engine, on_cluster
 from synth_refine.refine import Refinement, chunk_rows, class_thresholds, prototype_directions, score_rows
 
@@ -202,7 +202,7 @@ def write_shards(
             os.fsync(manifest.fileno())
     if missing := [shard.name for shard in shards if shard.number not in done]:
         raise RuntimeError(f"engine: expected every shard back, {missing[0]} did not come")
-    _remove_unfinished(root)  # by workers of a cluster that were killed
+    remove_unfinished(root)  # by workers of a cluster that were killed
     _write_labels(root, shards)
     rows, changed, skipped = (sum(line[name] for line in done.values()) for name in ("rows", "changed", "skipped"))
     return Summary(rows, changed, skipped, len(shards), reused)
@@ -250,7 +250,7 @@ def _here(work: _Work, todo: list[Shard]) -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(max(1, min(threads, len(todo)))) as pool:
             pending: deque[Future[dict[str, Any]]] = deque()
             for shard in todo:
                 pending.append(pool.submit(work, shard))
@@ -540,23 +540,34 @@ def digest(data: bytes) -> str:
 def settle_config(root: Path, config: dict[str, Any]) -> None:
     """Write down the configuration, or make sure that it is the one of the shards that are there."""
     path = root / "config.json"
-    others = [one.name for one in (*root.iterdir(), *(root / "shards").glob("*")) if _is_foreign(one.name)]
-    if others and not path.exists():
+    if path.exists():
+        there = _config_there(path)
+        if any((root / "shards").glob("*.parquet")):
+            for name in {**config, **there}:  # the weight first: the prototypes are scaled by it
+                if there.get(name) != config.get(name):
+                    raise InputError(
+                        f"{name}: expected what the shards in {root} were made from ({_brief(there.get(name))}), "
+                        f"got {_brief(config.get(name))}; choose another folder, or delete that one to start afresh"
+                    )
+            return
+        # Ours, but an input was refused or the run was stopped before the first shard was done.
+    elif others := [one.name for one in (*root.iterdir(), *(root / "shards").glob("*")) if _is_foreign(one.name)]:
         raise InputError(f"out: expected a new or empty folder, but {root} holds {others[0]}")
-    if not any((root / "shards").glob("*.parquet")):  # new, or an input was refused before the first shard was done
-        with write_atomic(path) as file:
-            file.write(json.dumps({"config": config, "versions": versions()}, indent=1).encode() + b"\n")
-        return
+    with write_atomic(path) as file:
+        file.write(json.dumps({"config": config, "versions": versions()}, indent=1).encode() + b"\n")
+
+
+def _config_there(path: Path) -> dict[str, Any]:
     try:
         there = dict(json.loads(path.read_bytes())["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"out: {path} is damaged; delete the folder to start afresh") from error
-    for name in {**config, **there}:  # the weight first: the prototypes are scaled by it
-        if there.get(name) != config.get(name):
-            raise InputError(
-                f"{name}: expected what the shards in {root} were made from ({_brief(there.get(name))}), "
-                f"got {_brief(config.get(name))}; choose another folder, or delete that one to start afresh"
-            )
+        if "format" in there:
+            return there
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"out: {path} is not, or no longer, the configuration of such a run; choose another folder, or delete that one "
+        "to start afresh"
+    )
 
 
 def _is_foreign(name: str) -> bool:
@@ -569,7 +580,7 @@ def _brief(value: object) -> str:
 
 def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, dict[str, Any]]:
     """The lines of the manifest whose files are as they were written; the manifest is left with these alone."""
-    _remove_unfinished(root)
+    remove_unfinished(root)
     path = root / "manifest.jsonl"
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -588,13 +599,6 @@ def _verified(root: Path, shards: list[Shard], config_hash: str) -> dict[int, di
         for line in done.values():
             manifest.write(json.dumps({**line, "config": config_hash}).encode() + b"\n")
     return done
-
-
-def _remove_unfinished(root: Path) -> None:
-    """Remove what processes that were killed had begun to write."""
-    for name in ("shards/.part-*.tmp", *(f".{name}.*.tmp" for name in ("config.json", "manifest.jsonl", "labels.npy"))):
-        for leftover in root.glob(name):
-            leftover.unlink()
 
 
 def _write_labels(root: Path, shards: list[Shard]) -> None:

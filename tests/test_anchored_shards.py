@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from synth_refine import InputError, anchored_shards, cli
 from synth_refine.anchored import _first_opinion, anchored_posterior, fit_transition, standardised
 from synth_refine.anchored_shards import AnchoredSummary
 from synth_refine.decide import REASONS, decide
-from synth_refine.scale import refine_shards
+from synth_refine.scale import cut_shards, refine_shards
 
 
 class Data:
@@ -37,13 +38,13 @@ class Data:
         self.root, self.true, self.given = root, true[order], given[order]
         self.features = features[order].astype(np.float16)
         root.mkdir(exist_ok=True)
+        self.paths = (root / "features.npy", root / "given.npy")
         for name in ("features", "given", "anchors", "anchor_labels"):
             np.save(root / f"{name}.npy", getattr(self, name))
 
     def run(self, out: Path, **options: Any) -> AnchoredSummary:
-        files = (self.root / "features.npy", self.root / "given.npy")
         settings = {"shard_rows": 100, "hidden": 32, **options}
-        return anchored_shards.anchored_shards(*files, self.anchors, self.anchor_labels, out, **settings)
+        return anchored_shards.anchored_shards(*self.paths, self.anchors, self.anchor_labels, out, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +244,9 @@ def test_nothing_as_large_as_all_scores_is_held(tmp_path: Path, monkeypatch: pyt
     data = Data(tmp_path / "data", count=count, classes=classes, noise=0.3)
     with Largest() as largest:
         data.run(tmp_path / "out", rounds=1, hidden=16, shard_rows=512)
+        # The run scores in threads of its own, where the spy is not.
+        model = anchored_shards.Model.loaded(anchored_shards._load(tmp_path / "out" / "model.safetensors"))
+        anchored_shards.score_shard(model, cut_shards(*data.paths, None, 512)[0])
     assert largest.elements < count * classes / 10
     assert largest.elements >= 400 * classes  # the spy saw a bucket's scores
 
@@ -302,6 +306,40 @@ def test_goes_on_from_within_a_step_to_the_same_bytes(reads: int, small: Data, t
     next((tmp_path / "out" / "work").glob("*/given")).write_bytes(b"damaged")
     small.run(tmp_path / "out", rounds=2)
     assert files(tmp_path / "out") == files(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("reads", [150, None])
+def test_a_run_that_was_given_up_leaves_nothing_to_one_with_another_seed(
+    reads: int | None, small: Data, tmp_path: Path
+) -> None:
+    small.run(tmp_path / "calm", rounds=2, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        if reads is None:  # trained, and no shard is written
+            patch.setattr(anchored_shards, "write_shards", Mock(side_effect=Crash))
+        else:
+            fail_at_bucket(patch, reads)
+        with pytest.raises(Crash):
+            small.run(tmp_path / "out", rounds=2)
+    small.run(tmp_path / "out", rounds=2, seed=1)
+    assert files(tmp_path / "out") == files(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_every_bucket_trains_both_heads_in_every_round(seed: int, tmp_path: Path) -> None:
+    data, folds = Data(tmp_path / "data", count=256, noise=0.5), []  # four buckets: an odd number would hide it
+    with pytest.MonkeyPatch.context() as patch:
+        hashed = anchored_shards._hashed
+
+        def noted(numbers: torch.Tensor, key: int, values: int) -> torch.Tensor:
+            found = hashed(numbers, key, values)
+            if len(numbers) >= 20 and values == anchored_shards.FOLDS:
+                folds.append(float(found.float().mean()))
+            return found
+
+        patch.setattr(anchored_shards, "_hashed", noted)
+        data.run(tmp_path / "out", rounds=2, seed=seed)
+    assert min(folds) > 0
+    assert max(folds) < 1
 
 
 def test_a_lost_shard_is_made_again_without_training(small: Data, tmp_path: Path) -> None:

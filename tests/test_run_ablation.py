@@ -12,7 +12,7 @@ def study(name, arrays, out, *more):
     return ["--study", name, *command(arrays, out, *more)]
 
 
-@pytest.mark.parametrize("name", ["threshold", "weight", "prototypes", "centring"])
+@pytest.mark.parametrize("name", ["threshold", "weight", "prototypes", "centring", "shards"])
 def test_a_study_has_a_record_a_table_and_a_picture(name, arrays, tmp_path, capsys):
     assert run_ablation.main(study(name, arrays, tmp_path)) == 0
     out = capsys.readouterr().out

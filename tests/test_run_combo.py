@@ -12,7 +12,7 @@ import pytest
 from conftest import command
 
 from benchmarks import run_combo
-from benchmarks.records import read_records
+from benchmarks.records import read_records, weights_used
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -186,3 +186,8 @@ def test_killed_in_the_middle_of_a_run_it_ends_the_same(arrays, tmp_path):
     assert run_combo.main(command(arrays, tmp_path / "cut", *options)) == 0
     whole, cut = (without_times(read_records([tmp_path / name / "blobs"])) for name in ("whole", "cut"))
     assert whole == cut
+
+
+def test_settings_without_weights_use_none_wherever_one_works(monkeypatch):
+    monkeypatch.chdir(ROOT / "benchmarks" / "glyph_clip")
+    assert weights_used({"epochs": 3}) == {}

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -134,23 +135,36 @@ def test_a_linear_head_is_the_logits_it_gives(bias: bool, data: Data, tmp_path: 
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-5)
 
 
-def test_the_number_of_threads_changes_no_byte(data: Data, tmp_path: Path) -> None:
+def test_a_shard_per_thread_of_torch_changes_no_byte(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = (data.root / "features.npy", data.root / "given.npy", data.prototypes, 0.3)
+    refine_shards(*inputs, tmp_path / "calm", shard_rows=125)
+    meeting, threads, alone = threading.Barrier(2), [], scale.refine_shard
+
+    def together(rule: scale.Rule, shard: scale.Shard) -> Any:
+        threads.append(torch.get_num_threads())
+        meeting.wait(60)
+        return alone(rule, shard)
+
+    monkeypatch.setattr(scale, "refine_shard", together)
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            refine_shards(
-                data.root / "features.npy",
-                data.root / "given.npy",
-                data.prototypes,
-                0.3,
-                tmp_path / str(threads),
-                shard_rows=20,
-            )
-            assert torch.get_num_threads() == threads
+        refine_shards(*inputs, tmp_path / "two", shard_rows=125)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert files(tmp_path / "1") == files(tmp_path / "3")
+    assert threads == [1, 1]
+    assert files(tmp_path / "two") == files(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("content", ['{"architectures": ["CLIPModel"]}', '{"config": {"hidden": 3}}', "[]", ""])
+def test_a_folder_with_another_programs_config_is_left_alone(data: Data, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"out: .*config.json is not, or no longer, the configuration of such a run"):
+        refine_shards(data.root / "features.npy", data.root / "given.npy", data.prototypes, 0.3, tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
 
 
 def test_resumes_with_what_is_missing_or_damaged_alone(data: Data, tmp_path: Path) -> None:
@@ -168,7 +182,7 @@ def test_resumes_with_what_is_missing_or_damaged_alone(data: Data, tmp_path: Pat
     damaged[40] ^= 1
     (shards / "part-000003.parquet").write_bytes(damaged)
     manifest.write_bytes(manifest.read_bytes()[:-10])  # torn inside the line of the last shard
-    (shards / ".part-000002.parquet.0123.tmp").write_bytes(b"half")
+    (shards / f".part-000002.parquet.{0:032x}.tmp").write_bytes(b"half")
     again = run()
     assert (first.reused, again.reused) == (0, 2)
     assert (again.rows, again.changed, again.skipped) == (first.rows, first.changed, first.skipped)
@@ -313,7 +327,7 @@ def test_a_worker_killed_while_it_wrote_leaves_no_file(
 
     def with_a_death(work: Any, todo: Any) -> Any:
         for line in plain(work, todo):
-            (tmp_path / "out" / "shards" / ".part-000001.parquet.1f.tmp").write_bytes(b"PAR1")
+            (tmp_path / "out" / "shards" / f".part-000001.parquet.{1:032x}.tmp").write_bytes(b"PAR1")
             yield line
 
     monkeypatch.setattr(scale, "_here", with_a_death)

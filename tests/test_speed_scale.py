@@ -33,8 +33,7 @@ def test_refining_is_measured_and_then_resumed(folder: Path) -> None:
     assert figures["shards"] == 1
     assert figures["bare_seconds"] > 0
     written = (folder / "out" / "shards" / "part-000000.parquet").stat().st_mtime_ns
-    again = speed_scale.resume(folder)
-    assert min(again["seconds"], again["one_lost_seconds"]) > 0
+    speed_scale.resume(folder)
     assert (folder / "out" / "shards" / "part-000000.parquet").stat().st_mtime_ns > written
 
 
