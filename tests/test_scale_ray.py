@@ -152,7 +152,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_killed(
+def test_embedding_goes_on_on_the_cluster_to_the_same_bytes(
     cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = partial(encoder_by_name, "timm:test_resnet", "weights.safetensors")
@@ -165,7 +165,7 @@ def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_k
     begun = next(shutil.copytree(tmp_path / "calm", tmp_path / "ray").iterdir())  # here, and gone on with there
     for number in range(1, 6):
         (begun / f"shard-{number:05d}.npy").unlink()
-    asked, gate = [], tmp_path / "gate"
+    asked = []
 
     def watched(items: Any, *rest: Any, **more: Any) -> Iterator[Any]:
         asked.append([number for number, _, _ in items])
@@ -173,26 +173,7 @@ def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_k
 
     monkeypatch.setattr(images, "on_cluster", watched)
 
-    def make(device: str) -> Encoder:
-        encoder, seen = build(device=device), 0
-        plain = encoder.embed
-
-        def embed(pixels: Tensor) -> Tensor:
-            nonlocal seen
-            seen += 1
-            while seen > 3 and not gate.exists():  # three batches are a shard
-                time.sleep(0.05)
-            return plain(pixels)
-
-        encoder.embed = embed  # type: ignore[method-assign]
-        return encoder
-
-    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", engine="ray", make=make, **options))
-    run.wait_for(lambda: len([*begun.glob("shard-*.npy")]) > 1)
-    [(actor, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))
-    actor.kill()
-    gate.touch()
-    features, also_bad = run.result()
+    features, also_bad = embed_images(build(), sources, tmp_path / "ray", engine="ray", make=build, **options)
     assert features.tobytes() == expected.tobytes()
     assert also_bad == bad
     assert content(tmp_path / "ray") == content(tmp_path / "calm")
