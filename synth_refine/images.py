@@ -648,9 +648,19 @@ def content_hashes(images: Images, *, threads: int = 4) -> list[str]:
 class Batches(Dataset[tuple[Tensor, Tensor]]):
     """Decoded images in batches of one size: (B, 3, H, W) uint8, and which of them are good, (B,) bool."""
 
-    def __init__(self, read: Reader, batches: list[range], preprocess: Preprocess | None, size: tuple[int, int]):
-        """Batches of rows; `size` is the height and width that all images come in."""
-        self.read, self.batches, self.preprocess, self.size = read, batches, preprocess, size
+    def __init__(
+        self,
+        read: Reader,
+        batches: list[range],
+        preprocess: Preprocess | None,
+        size: tuple[int, int],
+        there: Sequence[str | None] = (),
+    ):
+        """Batches of rows; `size` is the height and width that all images come in.
+
+        `there` names, row by row, the images that others could read, so that no row is bad only on this node.
+        """
+        self.read, self.batches, self.preprocess, self.size, self.there = read, batches, preprocess, size, there
         self.enough = None if preprocess is None else preprocess.size
 
     def __len__(self) -> int:
@@ -658,13 +668,25 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """One batch; a bad image is black in it."""
+        """One batch; a bad image is black in it.
+
+        Raises:
+            InputError: An image that others could read cannot be read here.
+        """
         rows = self.batches[number]
         pixels = np.zeros((len(rows), *self.size, 3), dtype=np.uint8)
         good = np.zeros(len(rows), dtype=bool)
         for place, row in enumerate(rows):
             try:
-                image = fitted(decode(self.read(row), at_least=self.enough), self.preprocess)
+                data = self.read(row)
+            except InputError as error:
+                if self.there and self.there[row] is not None:
+                    raise InputError(
+                        f"engine: {self.there[row]} cannot be read on node {platform.node()}: {error}"
+                    ) from error
+                continue
+            try:
+                image = fitted(decode(data, at_least=self.enough), self.preprocess)
             except InputError:
                 continue
             if (image.height, image.width) == self.size:
@@ -711,7 +733,7 @@ def embed_images(
 
     Raises:
         InputError: No image at all could be decoded, or as the encoder's `embed`; or Ray is missing, or a node has
-            another encoder.
+            another encoder or cannot read an image that has a hash.
     """
     check_engine(engine)
     wanted = encoder.id
@@ -736,7 +758,11 @@ def embed_images(
             yield number, place, _embed_good(encoder, pixels, good)
 
     def on_ray(missing: list[int]) -> Iterator[Embedded]:
-        work = [(number, part_of(images.read, shards[number]), len(shards[number])) for number in missing]
+        names = [one if known else None for one, known in zip(images.ids, hashes, strict=True)]
+        work = [
+            (number, part_of(images.read, rows), names[rows.start : rows.stop])
+            for number, rows in ((number, shards[number]) for number in missing)
+        ]
         task = partial(decoded_shard, batch_rows=batch_rows, preprocess=preprocess, size=size)
         for number, place, features in on_cluster(work, task, address, actor=actor):
             yield number, place, torch.from_numpy(features)
@@ -766,21 +792,24 @@ def _cut(rows: range, size: int) -> list[range]:
 
 
 def decoded_shard(
-    part: tuple[int, Reader, int], *, batch_rows: int, preprocess: Preprocess | None, size: tuple[int, int]
+    part: tuple[int, Reader, list[str | None]], *, batch_rows: int, preprocess: Preprocess | None, size: tuple[int, int]
 ) -> Iterator[Decoded]:
     """A task on a cluster: the batches of a shard.
 
     Args:
-        part: Number of the shard, a reader of its images, and how many there are.
+        part: Number of the shard, a reader of its images, and the id of each, None where it could not be read before.
         batch_rows: See `embed_images`.
         preprocess: Of the encoder.
         size: Height and width.
 
     Yields:
         Number of the shard, place in it, pixels, (B, H, W, 3), and which are good, (B,).
+
+    Raises:
+        InputError: This node cannot read an image that could be read before, as where it sees other folders.
     """
-    number, read, count = part
-    batches = Batches(read, _cut(range(count), batch_rows), preprocess, size)
+    number, read, names = part
+    batches = Batches(read, _cut(range(len(names)), batch_rows), preprocess, size, names)
     for place in range(len(batches)):
         pixels, good = batches[place]
         yield number, place, pixels.permute(0, 2, 3, 1).numpy(), good.numpy()

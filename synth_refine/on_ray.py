@@ -11,9 +11,10 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from synth_refine._error import InputError
@@ -160,9 +161,19 @@ def _check_reachable(address: str) -> None:
 
 
 def _enter(folder: str) -> None:
-    """Let relative paths mean what they do to the driver; absolute ones need no such folder on this node."""
-    with suppress(OSError):
+    """Let relative paths mean what they do to the driver; absolute ones need no such folder on this node.
+
+    Without it nothing lies at a relative path, rather than what an earlier task or the worker itself has there.
+    """
+    try:
         os.chdir(folder)
+    except OSError:
+        os.chdir(_empty_folder().name)
+
+
+@cache
+def _empty_folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="synth-refine-")
 
 
 def _row(data: bytes) -> pa.Table:

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from synth_refine.images import (
     TarMembers,
     content_hashes,
     decode,
+    decoded_shard,
     embed_images,
     fitted,
     open_images,
@@ -456,6 +459,40 @@ def test_a_damaged_page_and_a_cut_off_shard_are_bad_rows(tmp_path: Path) -> None
     _, bad = embed_images(Mean(), images, tmp_path / "kept")
     assert list(bad) == [2]
     assert re.search(r"b\.tar was cut off: expected \d+ bytes from byte \d+ on, got 5", bad[2])
+
+
+def test_what_a_node_does_not_see_is_no_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["cat/0.png", "cat/1.png"]
+    save(tmp_path / "in", *names)
+    (tmp_path / "in" / names[1]).write_bytes(b"<html>")  # bad wherever it is read
+    monkeypatch.chdir(tmp_path)
+    read = open_images("in").read
+    options: dict[str, Any] = {"batch_rows": 2, "preprocess": None, "size": (8, 12)}
+    [(_, _, _, good)] = decoded_shard((0, read, names), **options)
+    assert good.tolist() == [True, False]
+    (tmp_path / "in" / names[0]).unlink()
+    [(_, _, _, good)] = decoded_shard((0, read, [None, *names[1:]]), **options)
+    assert good.tolist() == [False, False]
+    seen = rf"^engine: cat/0\.png cannot be read on node {re.escape(platform.node())}: image: .*No such file.*0\.png$"
+    with pytest.raises(InputError, match=seen):
+        list(decoded_shard((0, read, names), **options))
+
+
+def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "in", "cat/0.png", "cat/1.png", "cat/2.png")
+    images = open_images(tmp_path / "in")
+    (tmp_path / "in" / "cat" / "1.png").unlink()
+    asked = []
+
+    def on_cluster(items: Any, task: Any, address: str | None, *, actor: Any) -> Iterator[Any]:
+        asked.extend(names for _, _, names in items)
+        yield from map(actor("cpu"), (batch for item in items for batch in task(item)))
+
+    monkeypatch.setattr("synth_refine.images.on_cluster", on_cluster)
+    monkeypatch.setattr("synth_refine.images.check_engine", lambda _: None)
+    _, bad = embed_images(Mean(), images, tmp_path / "kept", shard_rows=2, engine="ray", make=lambda **_: Mean())
+    assert asked == [["cat/0.png", None], ["cat/2.png"]]
+    assert list(bad) == [1]
 
 
 def test_a_row_that_a_dataset_cannot_give_is_a_bad_row() -> None:
