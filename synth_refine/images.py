@@ -707,6 +707,7 @@ def embed_images(
     engine: str = "local",
     address: str | None = None,
     make: Callable[..., Encoder] | None = None,
+    device: str = "cuda",
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """Features of images on disk, decoded by workers while the encoder computes, and kept as `embed_cached` keeps them.
 
@@ -720,13 +721,13 @@ def embed_images(
         shard_rows: Images per shard, in which an interrupted run goes on.
         progress: What the bar says.
         engine: `local`, this process and its workers; or `ray`, a cluster whose nodes see the same images and weights
-            under the same paths. A shard is decoded in one task and embedded in actors, with a GPU each where the
-            cluster has some; on processors of one kind both engines write the same bytes, and either goes on with what
-            the other began.
+            under the same paths. A shard is decoded in one task and embedded in actors; on processors of one kind both
+            engines write the same bytes, and either goes on with what the other began.
         address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
             local one.
         make: For ray: called as make(device=...) in every actor, gives the encoder there, such as
             partial(encoder_by_name, "timm:resnet50.a1_in1k").
+        device: For ray: what the actors compute on, a GPU each for cuda; cpu where no GPU shall be taken.
 
     Returns:
         Features, (N, D) float32, NaN for images that could not be decoded, and why, by row.
@@ -764,7 +765,7 @@ def embed_images(
             for number, rows in ((number, shards[number]) for number in missing)
         ]
         task = partial(decoded_shard, batch_rows=batch_rows, preprocess=preprocess, size=size)
-        for number, place, features in on_cluster(work, task, address, actor=actor):
+        for number, place, features in on_cluster(work, task, address, actor=actor, device=device):
             yield number, place, torch.from_numpy(features)
 
     def compute(missing: list[int]) -> Iterator[tuple[int, Tensor]]:

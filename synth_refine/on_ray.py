@@ -44,6 +44,7 @@ def on_cluster(
     address: str | None = None,
     *,
     actor: Callable[[str], Callable[[Any], Any]] | None = None,
+    device: str = "cuda",
 ) -> Iterator[Any]:
     """Do something with each item, a task each, and what comes of it in actors, where there is something to load.
 
@@ -54,9 +55,9 @@ def on_cluster(
         items: What the tasks are about; without any, no cluster is asked for.
         task: Called with an item; gives results one by one, and waits where nobody takes them.
         address: Of the cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new one.
-        actor: Called in each process of a pool that Ray sizes, with its device: "cuda", a GPU of its own, where the
-            cluster has GPUs, else "cpu". What it gives is called with every result of the tasks, and gives the results
-            to hand out.
+        actor: Called in each process of a pool that Ray sizes, with its device. What it gives is called with every
+            result of the tasks, and gives the results to hand out.
+        device: Of the actors: with cuda each has a GPU of its own where the cluster has GPUs, else "cpu".
 
     Yields:
         The results, each once, in no certain order.
@@ -77,7 +78,7 @@ def on_cluster(
         except PASSED_ON as error:
             yield _row(cloudpickle.dumps(_failure(error)))
 
-    gpu = ray.cluster_resources().get("GPU", 0) > 0
+    gpu = device.startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
 
     class Acting:
         def __init__(self) -> None:

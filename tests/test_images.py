@@ -484,7 +484,7 @@ def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch:
     (tmp_path / "in" / "cat" / "1.png").unlink()
     asked = []
 
-    def on_cluster(items: Any, task: Any, address: str | None, *, actor: Any) -> Iterator[Any]:
+    def on_cluster(items: Any, task: Any, address: str | None, *, actor: Any, device: str) -> Iterator[Any]:
         asked.extend(names for _, _, names in items)
         yield from map(actor("cpu"), (batch for item in items for batch in task(item)))
 
