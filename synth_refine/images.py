@@ -246,7 +246,7 @@ class ParquetRows:
 
 @dataclass(frozen=True)
 class HubRows:
-    """Reads rows from a Hugging Face dataset whose image column is not decoded."""
+    """Reads rows from a Hugging Face dataset whose image column is not decoded, or from a list of such rows."""
 
     dataset: Any
     column: str
@@ -284,7 +284,7 @@ class From:
 
 
 def part_of(read: Reader, rows: range) -> Reader:
-    """A reader of these rows, counted from 0, that does not carry along where all the others are."""
+    """A reader of these rows, counted from 0; readers of `open_images` do not carry along where all the others are."""
     if isinstance(read, Files):
         return Files(read.paths[rows.start : rows.stop])
     if isinstance(read, TarMembers):
@@ -293,7 +293,11 @@ def part_of(read: Reader, rows: range) -> Reader:
         first = int(np.searchsorted(read.starts, rows.start, side="right")) - 1
         groups = [group for group in read.groups[first:] if group[2] < rows.stop]
         return ParquetRows([(path, group, start - rows.start) for path, group, start in groups], read.column)
-    return From(read, rows.start)
+    if isinstance(read, HubRows):
+        part = read.dataset.select_columns(read.column).select(rows)
+        # Of a dataset on disk its place travels; one in memory would travel whole, though most of it is not selected.
+        return HubRows(part if part.cache_files else part.to_list(), read.column)
+    return From(read, rows.start)  # a user's own
 
 
 def _cell_bytes(cell: object, row: int) -> bytes:

@@ -387,14 +387,21 @@ def test_a_part_of_a_reader_reads_the_same_and_carries_no_more_than_its_rows(tmp
                 member = tarfile.TarInfo(f"{row:02d}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    for source in ("in", "rows.parquet", "rows.tar"):
-        read = open_images(tmp_path / source).read
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_dict({"image": pictures, "label": [0] * 12})
+    saved.save_to_disk(tmp_path / "saved")
+    for source in (*(tmp_path / name for name in ("in", "rows.parquet", "rows.tar")), saved):
+        read = open_images(source).read
         assert read(11) == pictures[11]
         for rows in (range(12), range(3, 6), range(5, 10), range(11, 12)):
             part = part_of(read, rows)
             assert [part(row) for row in range(len(rows))] == [pictures[row] for row in rows]
         small, whole = (len(pickle.dumps(part_of(read, rows))) for rows in (range(11, 12), range(12)))
         assert small < whole
+    read = part_of(open_images(tmp_path / "saved").read, range(5, 10))  # it stays a file, of which the place travels
+    assert len(pickle.dumps(part_of(open_images(saved).read, range(12)))) > sum(map(len, pictures))
+    assert len(pickle.dumps(read)) < sum(map(len, pictures[5:10]))
+    assert [read(row) for row in range(5)] == pictures[5:10]
     read = From(open_images(tmp_path / "in").read, 7)
     assert read(2) == pictures[9]
 
