@@ -144,13 +144,17 @@ def _connected(address: str | None) -> Any:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it remarks that its bars are off
     if not ray.is_initialized():
+        known = address or os.environ.get("RAY_ADDRESS")
         try:
-            _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
+            _check_reachable(known or "")
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}"
-            ) from error
+            what = (
+                f"address: no Ray cluster answers at {known}"
+                if known
+                else "engine: no Ray cluster answers or starts on this machine"
+            )
+            raise InputError(f"{what}: {_first_line(error)}") from error
     return ray
 
 
