@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias
@@ -40,14 +41,18 @@ from synth_refine.files import open_plain, what_is
 from synth_refine.labels import check_unique, read_csv
 from synth_refine.on_ray import check_engine, on_cluster
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+    if name != "AVIF" or find_spec("PIL.AvifImagePlugin") is not None  # which Pillow has from 11.3 on
+)
 """Decoders that Pillow may use. Others start programs (EPS) or are rarely tested against hostile files."""
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
-"""Endings of names, in upper or lower case, by which images are found in folders and shards: all that torchvision and
-Pillow know of these formats. Which of them a file is, its content tells.
+"""Endings of names, in upper or lower case, by which images are found in folders and shards: the usual ones of these
+formats. Which of them a file is, its content tells.
 """
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a decompression bomb, where it only warns."""
