@@ -75,6 +75,8 @@ def decode(
 ) -> Image.Image:
     """Decode an image to RGB, upright, on white where it is transparent; the first frame of an animated one.
 
+    Whole numbers of 16 or 32 bits per pixel are taken as of 8 bits where an image has none above 255, else as of 16.
+
     Args:
         source: The bytes of a file, or its path.
         at_least: Height and width that are enough: a JPEG may be decoded at a fraction of its size that is still twice
