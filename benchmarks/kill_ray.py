@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from synth_refine.scale import refine_shards
 
 VICTIMS = ("node", "worker", "driver")
 SHARDS, SHARD_ROWS, FEATURES, CLASSES, THRESHOLD = 120, 2_000, 64, 100, 0.1
+TRIES = 3  # to start a node
 PATIENCE = 600.0
 """Seconds until a wait is given up: a machine with other work to do may take minutes for what takes seconds."""
 
@@ -62,32 +63,48 @@ def cluster(count: int = 2) -> Iterator[Any]:
 
     Ray's library reads its settings when it is imported, so that it should not have been before.
     """
-    before = dict(os.environ)
-    os.environ |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), before.get("PYTHONPATH")])),
+    with ExitStack() as undo:
+        undo.callback(_set_environment, dict(os.environ))
+        os.environ |= _settings()
+        from ray.cluster_utils import Cluster
+
+        made = Cluster()
+        undo.callback(made.shutdown)
+        _add(made, num_cpus=0, include_dashboard=False)
+        for _ in range(count):
+            add_node(made)
+        made.wait_for_nodes(timeout=PATIENCE)
+        yield made
+
+
+def _settings() -> dict[str, str]:
+    paths = filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "120",
         "RAY_worker_register_timeout_seconds": str(int(PATIENCE)),
         "RAY_health_check_timeout_ms": str(int(1000 * PATIENCE)),  # a dead raylet is noticed by its closed socket
     }
-    from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **_node_options()})
-    try:
-        for _ in range(count):
-            add_node(made)
-        made.wait_for_nodes(timeout=PATIENCE)
-        yield made
-    finally:
-        made.shutdown()  # type: ignore[no-untyped-call]
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ |= before
+
+def _set_environment(wanted: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ |= wanted
 
 
 def add_node(made: Any) -> Any:
     """A node of one CPU more; `wait_for_nodes` waits for it."""
-    return made.add_node(wait=False, num_cpus=1, **_node_options())
+    return _add(made, num_cpus=1)
+
+
+def _add(made: Any, **options: Any) -> Any:
+    """A node more; tried again, because another process may take a port between its choice and its use."""
+    for _ in range(TRIES - 1):
+        with suppress(Exception):  # Ray raises bare ones
+            return made.add_node(wait=False, **options, **_node_options())
+    return made.add_node(wait=False, **options, **_node_options())
 
 
 def _node_options() -> dict[str, int]:
@@ -188,8 +205,8 @@ def disturbed_run(
     return [{**one, "exit_code": code, "equal": equal} for one in found]
 
 
-def kills(count: int, seed: int, scratch: Path) -> list[dict[str, Any]]:
-    """As many kills, up to three in a run, of a node, a worker and the process that drives, in random order."""
+def kills(count: int, seed: int, scratch: Path) -> Iterator[list[dict[str, Any]]]:
+    """As many kills, up to three in a run, of a node, a worker and the process that drives, in random order, by run."""
     rng = np.random.default_rng(seed)
     folder = scratch / "arrays"
     folder.mkdir(parents=True)
@@ -198,15 +215,14 @@ def kills(count: int, seed: int, scratch: Path) -> list[dict[str, Any]]:
     np.save(folder / "prototypes.npy", rng.standard_normal((CLASSES, FEATURES)).astype(np.float32))
     drive(str(folder), str(scratch / "calm"), "")
     expected = written(scratch / "calm")
-    found: list[dict[str, Any]] = []
-    bar = tqdm(total=count, desc="kills", disable=None)
-    with cluster() as made:
+    with cluster() as made, tqdm(total=count, desc="kills", disable=None) as bar:
         for number in range(5 * count):
-            if len(found) < count:
-                victims = rng.permutation(VICTIMS)[: count - len(found)].tolist()
-                found += disturbed_run(made, folder, scratch / f"run-{number:02d}", victims, rng, expected)
-                bar.update(len(found) - bar.n)
-    return found
+            if bar.n >= count:
+                break
+            victims = rng.permutation(VICTIMS)[: count - bar.n].tolist()
+            found = disturbed_run(made, folder, scratch / f"run-{number:02d}", victims, rng, expected)
+            bar.update(len(found))
+            yield found
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -230,17 +246,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.drive:
         drive(*options.drive)
         return 0
-    with tempfile.TemporaryDirectory() as scratch:
-        found = kills(options.kills, options.seed, Path(scratch))
-    record = {
-        "benchmark": "kill_ray",
-        "environment": environment(),
-        "seed": options.seed,
-        "rows": table(found),
-        "kills": found,
-    }
-    write_record(options.out / f"kill_ray_{digest(record)}.json", record)
-    print(json.dumps(record["rows"], indent=1))
+    found: list[dict[str, Any]] = []
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            for these in kills(options.kills, options.seed, Path(scratch)):
+                found += these
+    finally:  # whatever ends it, the runs before count
+        record = {
+            "benchmark": "kill_ray",
+            "environment": environment(),
+            "seed": options.seed,
+            "rows": table(found),
+            "kills": found,
+        }
+        write_record(options.out / f"kill_ray_{digest(record)}.json", record)
+        print(json.dumps(record["rows"], indent=1))
     return 0 if len(found) == options.kills and all(one["equal"] for one in found) else 1
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias
@@ -40,14 +41,18 @@ from synth_refine.files import open_plain, what_is
 from synth_refine.labels import check_unique, read_csv
 from synth_refine.on_ray import check_engine, on_cluster
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+    if name != "AVIF" or find_spec("PIL.AvifImagePlugin") is not None  # which Pillow has from 11.3 on
+)
 """Decoders that Pillow may use. Others start programs (EPS) or are rarely tested against hostile files."""
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
-"""Endings of names, in upper or lower case, by which images are found in folders and shards: all that torchvision and
-Pillow know of these formats. Which of them a file is, its content tells.
+"""Endings of names, in upper or lower case, by which images are found in folders and shards: the usual ones of these
+formats. Which of them a file is, its content tells.
 """
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a decompression bomb, where it only warns."""
@@ -69,6 +74,8 @@ def decode(
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decode an image to RGB, upright, on white where it is transparent; the first frame of an animated one.
+
+    Whole numbers of 16 or 32 bits per pixel are taken as of 8 bits where an image has none above 255, else as of 16.
 
     Args:
         source: The bytes of a file, or its path.
@@ -246,7 +253,7 @@ class ParquetRows:
 
 @dataclass(frozen=True)
 class HubRows:
-    """Reads rows from a Hugging Face dataset whose image column is not decoded."""
+    """Reads rows from a Hugging Face dataset whose image column is not decoded, or from a list of such rows."""
 
     dataset: Any
     column: str
@@ -284,7 +291,7 @@ class From:
 
 
 def part_of(read: Reader, rows: range) -> Reader:
-    """A reader of these rows, counted from 0, that does not carry along where all the others are."""
+    """A reader of these rows, counted from 0; readers of `open_images` do not carry along where all the others are."""
     if isinstance(read, Files):
         return Files(read.paths[rows.start : rows.stop])
     if isinstance(read, TarMembers):
@@ -293,7 +300,11 @@ def part_of(read: Reader, rows: range) -> Reader:
         first = int(np.searchsorted(read.starts, rows.start, side="right")) - 1
         groups = [group for group in read.groups[first:] if group[2] < rows.stop]
         return ParquetRows([(path, group, start - rows.start) for path, group, start in groups], read.column)
-    return From(read, rows.start)
+    if isinstance(read, HubRows):
+        part = read.dataset.select_columns(read.column).select(rows)
+        # Of a dataset on disk its place travels; one in memory would travel whole, though most of it is not selected.
+        return HubRows(part if part.cache_files else part.to_list(), read.column)
+    return From(read, rows.start)  # a user's own
 
 
 def _cell_bytes(cell: object, row: int) -> bytes:
@@ -648,9 +659,19 @@ def content_hashes(images: Images, *, threads: int = 4) -> list[str]:
 class Batches(Dataset[tuple[Tensor, Tensor]]):
     """Decoded images in batches of one size: (B, 3, H, W) uint8, and which of them are good, (B,) bool."""
 
-    def __init__(self, read: Reader, batches: list[range], preprocess: Preprocess | None, size: tuple[int, int]):
-        """Batches of rows; `size` is the height and width that all images come in."""
-        self.read, self.batches, self.preprocess, self.size = read, batches, preprocess, size
+    def __init__(
+        self,
+        read: Reader,
+        batches: list[range],
+        preprocess: Preprocess | None,
+        size: tuple[int, int],
+        there: Sequence[str | None] = (),
+    ):
+        """Batches of rows; `size` is the height and width that all images come in.
+
+        `there` names, row by row, the images that others could read, so that no row is bad only on this node.
+        """
+        self.read, self.batches, self.preprocess, self.size, self.there = read, batches, preprocess, size, there
         self.enough = None if preprocess is None else preprocess.size
 
     def __len__(self) -> int:
@@ -658,13 +679,25 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """One batch; a bad image is black in it."""
+        """One batch; a bad image is black in it.
+
+        Raises:
+            InputError: An image that others could read cannot be read here.
+        """
         rows = self.batches[number]
         pixels = np.zeros((len(rows), *self.size, 3), dtype=np.uint8)
         good = np.zeros(len(rows), dtype=bool)
         for place, row in enumerate(rows):
             try:
-                image = fitted(decode(self.read(row), at_least=self.enough), self.preprocess)
+                data = self.read(row)
+            except InputError as error:
+                if self.there and self.there[row] is not None:
+                    raise InputError(
+                        f"engine: {self.there[row]} cannot be read on node {platform.node()}: {error}"
+                    ) from error
+                continue
+            try:
+                image = fitted(decode(data, at_least=self.enough), self.preprocess)
             except InputError:
                 continue
             if (image.height, image.width) == self.size:
@@ -685,6 +718,7 @@ def embed_images(
     engine: str = "local",
     address: str | None = None,
     make: Callable[..., Encoder] | None = None,
+    device: str = "cuda",
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
     """Features of images on disk, decoded by workers while the encoder computes, and kept as `embed_cached` keeps them.
 
@@ -698,20 +732,20 @@ def embed_images(
         shard_rows: Images per shard, in which an interrupted run goes on.
         progress: What the bar says.
         engine: `local`, this process and its workers; or `ray`, a cluster whose nodes see the same images and weights
-            under the same paths. A shard is decoded in one task and embedded in actors, with a GPU each where the
-            cluster has some; on processors of one kind both engines write the same bytes, and either goes on with what
-            the other began.
+            under the same paths. A shard is decoded in one task and embedded in actors; on processors of one kind both
+            engines write the same bytes, and either goes on with what the other began.
         address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
             local one.
         make: For ray: called as make(device=...) in every actor, gives the encoder there, such as
             partial(encoder_by_name, "timm:resnet50.a1_in1k").
+        device: For ray: what the actors compute on, a GPU each for cuda; cpu where no GPU shall be taken.
 
     Returns:
         Features, (N, D) float32, NaN for images that could not be decoded, and why, by row.
 
     Raises:
         InputError: No image at all could be decoded, or as the encoder's `embed`; or Ray is missing, or a node has
-            another encoder.
+            another encoder or cannot read an image that has a hash.
     """
     check_engine(engine)
     wanted = encoder.id
@@ -736,9 +770,13 @@ def embed_images(
             yield number, place, _embed_good(encoder, pixels, good)
 
     def on_ray(missing: list[int]) -> Iterator[Embedded]:
-        work = [(number, part_of(images.read, shards[number]), len(shards[number])) for number in missing]
+        names = [one if known else None for one, known in zip(images.ids, hashes, strict=True)]
+        work = [
+            (number, part_of(images.read, rows), names[rows.start : rows.stop])
+            for number, rows in ((number, shards[number]) for number in missing)
+        ]
         task = partial(decoded_shard, batch_rows=batch_rows, preprocess=preprocess, size=size)
-        for number, place, features in on_cluster(work, task, address, actor=actor):
+        for number, place, features in on_cluster(work, task, address, actor=actor, device=device):
             yield number, place, torch.from_numpy(features)
 
     def compute(missing: list[int]) -> Iterator[tuple[int, Tensor]]:
@@ -766,21 +804,24 @@ def _cut(rows: range, size: int) -> list[range]:
 
 
 def decoded_shard(
-    part: tuple[int, Reader, int], *, batch_rows: int, preprocess: Preprocess | None, size: tuple[int, int]
+    part: tuple[int, Reader, list[str | None]], *, batch_rows: int, preprocess: Preprocess | None, size: tuple[int, int]
 ) -> Iterator[Decoded]:
     """A task on a cluster: the batches of a shard.
 
     Args:
-        part: Number of the shard, a reader of its images, and how many there are.
+        part: Number of the shard, a reader of its images, and the id of each, None where it could not be read before.
         batch_rows: See `embed_images`.
         preprocess: Of the encoder.
         size: Height and width.
 
     Yields:
         Number of the shard, place in it, pixels, (B, H, W, 3), and which are good, (B,).
+
+    Raises:
+        InputError: This node cannot read an image that could be read before, as where it sees other folders.
     """
-    number, read, count = part
-    batches = Batches(read, _cut(range(count), batch_rows), preprocess, size)
+    number, read, names = part
+    batches = Batches(read, _cut(range(len(names)), batch_rows), preprocess, size, names)
     for place in range(len(batches)):
         pixels, good = batches[place]
         yield number, place, pixels.permute(0, 2, 3, 1).numpy(), good.numpy()

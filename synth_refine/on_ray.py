@@ -11,9 +11,10 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from synth_refine._error import InputError
@@ -43,6 +44,7 @@ def on_cluster(
     address: str | None = None,
     *,
     actor: Callable[[str], Callable[[Any], Any]] | None = None,
+    device: str = "cuda",
 ) -> Iterator[Any]:
     """Do something with each item, a task each, and what comes of it in actors, where there is something to load.
 
@@ -53,9 +55,9 @@ def on_cluster(
         items: What the tasks are about; without any, no cluster is asked for.
         task: Called with an item; gives results one by one, and waits where nobody takes them.
         address: Of the cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new one.
-        actor: Called in each process of a pool that Ray sizes, with its device: "cuda", a GPU of its own, where the
-            cluster has GPUs, else "cpu". What it gives is called with every result of the tasks, and gives the results
-            to hand out.
+        actor: Called in each process of a pool that Ray sizes, with its device. What it gives is called with every
+            result of the tasks, and gives the results to hand out.
+        device: Of the actors: with cuda each has a GPU of its own where the cluster has GPUs, else "cpu".
 
     Yields:
         The results, each once, in no certain order.
@@ -76,7 +78,7 @@ def on_cluster(
         except PASSED_ON as error:
             yield _row(cloudpickle.dumps(_failure(error)))
 
-    gpu = ray.cluster_resources().get("GPU", 0) > 0
+    gpu = device.startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
 
     class Acting:
         def __init__(self) -> None:
@@ -142,13 +144,17 @@ def _connected(address: str | None) -> Any:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it remarks that its bars are off
     if not ray.is_initialized():
+        known = address or os.environ.get("RAY_ADDRESS")
         try:
-            _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
+            _check_reachable(known or "")
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}"
-            ) from error
+            what = (
+                f"address: no Ray cluster answers at {known}"
+                if known
+                else "engine: no Ray cluster answers or starts on this machine"
+            )
+            raise InputError(f"{what}: {_first_line(error)}") from error
     return ray
 
 
@@ -160,9 +166,19 @@ def _check_reachable(address: str) -> None:
 
 
 def _enter(folder: str) -> None:
-    """Let relative paths mean what they do to the driver; absolute ones need no such folder on this node."""
-    with suppress(OSError):
+    """Let relative paths mean what they do to the driver; absolute ones need no such folder on this node.
+
+    Without it nothing lies at a relative path, rather than what an earlier task or the worker itself has there.
+    """
+    try:
         os.chdir(folder)
+    except OSError:
+        os.chdir(_empty_folder().name)
+
+
+@cache
+def _empty_folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="synth-refine-")
 
 
 def _row(data: bytes) -> pa.Table:

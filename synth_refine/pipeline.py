@@ -85,7 +85,7 @@ class Settings:
     size: int | None = None  # pixels; by default 512, glyphs 32
     batch_size: int = 8  # images per call of the model
     seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # also of a cluster's nodes
     workers: int = 2  # processes that decode images
     engine: str = "local"  # what embeds images: this machine, or ray, a cluster whose nodes see the same files
     address: str | None = None  # of that cluster
@@ -168,7 +168,7 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     _check(settings)
     classes = read_classes(settings.classes) if settings.classes else None
     images = open_images(settings.images, list(classes) if classes else None)
-    encoder = encoder_by_name(settings.encoder, settings.weights, device=settings.device)
+    encoder = _encoder(settings)
     if Path(settings.out).resolve().is_relative_to(Path(settings.images).resolve()):
         raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     if settings.synthetic is not None:
@@ -305,7 +305,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     """
     _check(settings)
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
-    encoder = encoder_by_name(settings.encoder, settings.weights, device=settings.device)
+    encoder = _encoder(settings)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     features, bad = _features(encoder, images, out, settings, "images")
@@ -351,6 +351,11 @@ def _check(settings: Settings) -> None:
     check_engine(settings.engine)
 
 
+def _encoder(settings: Settings) -> Encoder:
+    device = settings.device if settings.engine == "local" else "cpu"  # a cluster computes; this only says what with
+    return encoder_by_name(settings.encoder, settings.weights, device=device)
+
+
 def _features(
     encoder: Encoder, images: Images, out: Path, settings: Settings, what: str, hashes: list[str] | None = None
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
@@ -364,6 +369,7 @@ def _features(
         engine=settings.engine,
         address=settings.address,
         make=partial(encoder_by_name, settings.encoder, settings.weights),
+        device=settings.device,
     )
 
 

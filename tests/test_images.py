@@ -6,8 +6,10 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL import features as pillow
 from torch import Tensor
 
 from synth_refine import InputError
 from synth_refine.encode import Preprocess
 from synth_refine.images import (
+    FORMATS,
     From,
     HubRows,
     TarMembers,
     content_hashes,
     decode,
+    decoded_shard,
     embed_images,
     fitted,
     open_images,
@@ -195,14 +200,21 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
 
 
 def test_every_usual_name_of_an_image_is_found(tmp_path: Path) -> None:
-    names = ["1.jfif", "2.jpe", "3.avif", "4.pgm", "5.JPG", "6.apng"]
-    kinds = ["JPEG", "JPEG", "AVIF", "PPM", "JPEG", "PNG"]
+    names = ["1.jfif", "2.jpe", "3.pgm", "4.JPG", "5.apng"]
+    kinds = ["JPEG", "JPEG", "PPM", "JPEG", "PNG"]
     (tmp_path / "cat").mkdir()
     for name, kind in zip(names, kinds, strict=True):
         (tmp_path / "cat" / name).write_bytes(data(Image.new("RGB", (8, 8), RED), kind))
     images = open_images(tmp_path)
     assert images.ids == [f"cat/{name}" for name in names]
     assert all(close(images.image(row), RED) for row in range(len(names)))
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS or not pillow.check("avif"), reason="needs a Pillow that decodes AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.avif").write_bytes(data(Image.new("RGB", (8, 8), RED), "AVIF"))
+    assert close(open_images(tmp_path).image(0), RED)
 
 
 def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path: Path) -> None:
@@ -384,14 +396,21 @@ def test_a_part_of_a_reader_reads_the_same_and_carries_no_more_than_its_rows(tmp
                 member = tarfile.TarInfo(f"{row:02d}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    for source in ("in", "rows.parquet", "rows.tar"):
-        read = open_images(tmp_path / source).read
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_dict({"image": pictures, "label": [0] * 12})
+    saved.save_to_disk(tmp_path / "saved")
+    for source in (*(tmp_path / name for name in ("in", "rows.parquet", "rows.tar")), saved):
+        read = open_images(source).read
         assert read(11) == pictures[11]
         for rows in (range(12), range(3, 6), range(5, 10), range(11, 12)):
             part = part_of(read, rows)
             assert [part(row) for row in range(len(rows))] == [pictures[row] for row in rows]
         small, whole = (len(pickle.dumps(part_of(read, rows))) for rows in (range(11, 12), range(12)))
         assert small < whole
+    read = part_of(open_images(tmp_path / "saved").read, range(5, 10))  # it stays a file, of which the place travels
+    assert len(pickle.dumps(part_of(open_images(saved).read, range(12)))) > sum(map(len, pictures))
+    assert len(pickle.dumps(read)) < sum(map(len, pictures[5:10]))
+    assert [read(row) for row in range(5)] == pictures[5:10]
     read = From(open_images(tmp_path / "in").read, 7)
     assert read(2) == pictures[9]
 
@@ -456,6 +475,40 @@ def test_a_damaged_page_and_a_cut_off_shard_are_bad_rows(tmp_path: Path) -> None
     _, bad = embed_images(Mean(), images, tmp_path / "kept")
     assert list(bad) == [2]
     assert re.search(r"b\.tar was cut off: expected \d+ bytes from byte \d+ on, got 5", bad[2])
+
+
+def test_what_a_node_does_not_see_is_no_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["cat/0.png", "cat/1.png"]
+    save(tmp_path / "in", *names)
+    (tmp_path / "in" / names[1]).write_bytes(b"<html>")  # bad wherever it is read
+    monkeypatch.chdir(tmp_path)
+    read = open_images("in").read
+    options: dict[str, Any] = {"batch_rows": 2, "preprocess": None, "size": (8, 12)}
+    [(_, _, _, good)] = decoded_shard((0, read, names), **options)
+    assert good.tolist() == [True, False]
+    (tmp_path / "in" / names[0]).unlink()
+    [(_, _, _, good)] = decoded_shard((0, read, [None, *names[1:]]), **options)
+    assert good.tolist() == [False, False]
+    seen = rf"^engine: cat/0\.png cannot be read on node {re.escape(platform.node())}: image: .*No such file.*0\.png$"
+    with pytest.raises(InputError, match=seen):
+        list(decoded_shard((0, read, names), **options))
+
+
+def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "in", "cat/0.png", "cat/1.png", "cat/2.png")
+    images = open_images(tmp_path / "in")
+    (tmp_path / "in" / "cat" / "1.png").unlink()
+    asked = []
+
+    def on_cluster(items: Any, task: Any, address: str | None, *, actor: Any, device: str) -> Iterator[Any]:
+        asked.extend(names for _, _, names in items)
+        yield from map(actor("cpu"), (batch for item in items for batch in task(item)))
+
+    monkeypatch.setattr("synth_refine.images.on_cluster", on_cluster)
+    monkeypatch.setattr("synth_refine.images.check_engine", lambda _: None)
+    _, bad = embed_images(Mean(), images, tmp_path / "kept", shard_rows=2, engine="ray", make=lambda **_: Mean())
+    assert asked == [["cat/0.png", None], ["cat/2.png"]]
+    assert list(bad) == [1]
 
 
 def test_a_row_that_a_dataset_cannot_give_is_a_bad_row() -> None:

@@ -9,6 +9,7 @@ import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -425,6 +426,33 @@ def test_the_engine_is_checked_before_anything_else(tmp_path: Path, monkeypatch:
         run(settings, dry_run=True)
     with pytest.raises(InputError, match="engine: expected local or ray, got 'dask'"):
         pipeline.embed(replace(settings, engine="dask"))
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("cuda", 1)])
+def test_a_cluster_takes_gpus_only_where_the_device_is_one(
+    source: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int
+) -> None:
+    """The driver itself needs no GPU: it has the encoder for its id alone."""
+
+    class Rows(list[Any]):
+        context = SimpleNamespace()
+
+        def map_batches(self, _: Any, **options: Any) -> Rows:
+            return Rows([*self, options.get("num_gpus", 0)])
+
+        def iter_rows(self) -> Any:
+            raise InputError(f"{self[-1]} GPUs, driver on {devices}")
+
+    data = SimpleNamespace(from_items=lambda *_, **__: Rows(), ActorPoolStrategy=lambda **_: None)
+    cloudpickle = SimpleNamespace(dumps=lambda _: b"")
+    ray = SimpleNamespace(data=data, cloudpickle=cloudpickle, cluster_resources=lambda: {"GPU": 2.0})
+    devices: list[str] = []
+    monkeypatch.setattr(on_ray, "find_spec", lambda _: True)
+    monkeypatch.setattr(on_ray, "_connected", lambda _: ray)
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, device: devices.append(device) or Pixels())
+    settings = Settings("photos", "features", classes="classes.yaml", engine="ray", device=device)
+    with pytest.raises(InputError, match=rf"^{gpus} GPUs, driver on \['cpu'\]$"):
+        pipeline.embed(settings)
 
 
 def test_a_dry_run_names_the_engine_and_another_one_may_go_on(
