@@ -19,11 +19,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmarks import kill_ray
 from synth_refine import InputError, images, scale
-from synth_refine.encode import Encoder, encoder_by_name
+from synth_refine.encode import encoder_by_name
 from synth_refine.images import embed_images, embedder, open_images
 from synth_refine.on_ray import on_cluster
 from synth_refine.scale import refine_shards
