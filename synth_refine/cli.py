@@ -44,7 +44,7 @@ REFINE = """examples:
   synth-refine refine --features features.npy --logits logits.npy --prototypes prototypes.npy \\
       --given given.npy --threshold 0.6 --out refined
   synth-refine refine --refiner anchored --features features.npy --anchors synthetic.npy \\
-      --anchor-labels synthetic_labels.npy --given given.npy --out refined"""
+      --anchor-labels synthetic_labels.npy --given given.npy --out refined-by-posterior"""
 SCALE = """examples:
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
       --threshold 0.5 --out refined-shards

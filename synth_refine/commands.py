@@ -107,6 +107,13 @@ def _refine(options: argparse.Namespace) -> int:
     lost = np.setdiff1d(artifact.given, artifact.labels)
     if lost.size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
+    if (Path(options.out) / "run.json").exists():
+        there = read_artifact(options.out).run
+        if any(there.get(name) != value for name, value in artifact.run.items() if name != "versions"):
+            raise InputError(
+                f"out: {options.out} holds the artifact of other settings or inputs, without which what it was applied "
+                "to cannot be reverted; choose another folder, or delete that one"
+            )
     if not options.dry_run:
         write_artifact(options.out, artifact)
     _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact)})
@@ -241,6 +248,8 @@ def _reviewed(options: argparse.Namespace) -> Artifact:
 def _write(
     options: argparse.Namespace, artifact: Artifact, labels: NDArray[np.integer[Any]], ids: list[str] | None
 ) -> int:
+    if Path(options.out).exists() and Path(options.out).samefile(getattr(options, "given", None) or options.labels):
+        raise InputError(f"out: expected another file than the labels read, got {options.out}")
     names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
     if not options.dry_run:
         write_labels(options.out, labels, names, dtype=labels.dtype)

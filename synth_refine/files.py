@@ -131,7 +131,8 @@ def read_npy(name: str, path: str | os.PathLike[str], kinds: str = "iuf") -> NDA
             "(CIFAR-N's ordered .npy files are of this kind and are in another order: use the .pt files)"
         )
     if dtype.kind not in kinds:
-        raise InputError(f"{name}: expected numbers, but {path} holds {dtype}")
+        wanted_kind = {"iu": "integers", "f": "floats"}.get(kinds, "numbers")
+        raise InputError(f"{name}: expected {wanted_kind}, but {path} holds {dtype}")
     wanted, found = math.prod(shape) * dtype.itemsize, size - start - length
     if found != wanted:
         what = "truncated" if found < wanted else "too long"

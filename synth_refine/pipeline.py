@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -61,6 +60,7 @@ FREE = {
     "engine",
     "address",
 }  # settings that a folder of results may be gone on with otherwise
+EMBEDDED = {"features", "features.npy", "given.csv", "classes.yaml", "bad.csv"}  # what `embed` writes
 NEAREST = 5  # synthetic images shown beside a proposed change
 
 
@@ -169,8 +169,7 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     classes = read_classes(settings.classes) if settings.classes else None
     images = open_images(settings.images, list(classes) if classes else None)
     encoder = _encoder(settings)
-    if Path(settings.out).resolve().is_relative_to(Path(settings.images).resolve()):
-        raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
+    _check_outside(settings)
     if settings.synthetic is not None:
         _lacking(open_images(settings.synthetic, images.classes).labels, images)
     if dry_run:
@@ -306,7 +305,12 @@ def embed(settings: Settings) -> dict[str, Any]:
     _check(settings)
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
     encoder = _encoder(settings)
+    _check_outside(settings)
     out = Path(settings.out)
+    there = sorted(path.name for path in out.glob("[!.]*"))
+    begun = set(there) <= EMBEDDED and next(out.glob("features/features-*/manifest.json"), None) is not None
+    if there and not begun:
+        raise InputError(f"out: expected a new or empty folder, or what embed began there, but {out} holds {there[0]}")
     out.mkdir(parents=True, exist_ok=True)
     features, bad = _features(encoder, images, out, settings, "images")
     with write_atomic(out / "features.npy") as file:
@@ -320,7 +324,7 @@ def embed(settings: Settings) -> dict[str, Any]:
 
 def _config(settings: Settings) -> bytes:
     entries = asdict(settings) | {"templates": list(settings.templates)}
-    for name in ("images", "classes", "synthetic", "weights"):  # so that the result can be made again from anywhere
+    for name in ("images", "classes", "synthetic", "encoder", "weights"):  # to make the result again from anywhere
         if entries[name] is not None and Path(entries[name]).exists():
             entries[name] = str(Path(entries[name]).absolute())
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
@@ -338,8 +342,8 @@ def _check(settings: Settings) -> None:
     number = isinstance(settings.threshold, int | float) and not isinstance(settings.threshold, bool)
     if not (settings.threshold == "auto" or number):
         raise InputError(f"threshold: expected auto or a number, got {settings.threshold!r}")
-    if number and not math.isfinite(float(settings.threshold)):
-        raise InputError(f"threshold: expected auto or a number, got {settings.threshold!r}")
+    if number and not -1 <= float(settings.threshold) <= 1:  # of a score or a probability; NaN is refused, too
+        raise InputError(f"threshold: expected auto or a number from -1 to 1, got {settings.threshold!r}")
     for name in ("per_class", "steps", "batch_size"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}: expected 1 or more, got {getattr(settings, name)}")
@@ -349,6 +353,14 @@ def _check(settings: Settings) -> None:
     if settings.seed < 0 or settings.workers < 0:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
     check_engine(settings.engine)
+    if settings.engine == "local" and settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
+
+
+def _check_outside(settings: Settings) -> None:
+    """Keep results out of the user's images."""
+    if Path(settings.out).resolve().is_relative_to(Path(settings.images).resolve()):
+        raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
 
 
 def _encoder(settings: Settings) -> Encoder:

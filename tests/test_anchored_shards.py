@@ -373,7 +373,7 @@ def test_another_configuration_is_refused(small: Data, tmp_path: Path) -> None:
         ({"anchors": np.full((40, 8), np.nan)}, "anchors: expected finite numbers, got a non-finite one in row 0"),
         ({"anchor_labels": np.zeros(3, int)}, r"anchor_labels: expected shape \(40,\), got \(3,\)"),
         ({"num_classes": 5}, "anchor_labels: expected at least one image per class, got none for class 4"),
-        ({"given": "features.npy"}, "given: expected numbers, but .* holds float16"),
+        ({"given": "features.npy"}, "given: expected integers, but .* holds float16"),
         ({"given": "high.npy"}, "given in .*: expected classes 0 to 3, got 4 in row 0"),
         ({"rounds": 0}, "rounds: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),

@@ -89,7 +89,7 @@ def test_help_shows_examples_that_run(command: str, refined: Path, capsys: pytes
 def test_the_anchored_refiner_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(example("refine")[1]) == 0
     assert "estimated noise" in capsys.readouterr().err
-    artifact = read_artifact("refined")
+    artifact = read_artifact("refined-by-posterior")
     assert artifact.labels.tolist() == (np.arange(COUNT) % 3).tolist()
     assert set(artifact.reason[artifact.changed]) == {"another class is more probable by more than the margin"}
     assert artifact.run["settings"] == {"refiner": "anchored", "seed": 0, "force": False}
@@ -103,7 +103,7 @@ def test_anchors_without_features_are_left_out_and_counted(folder: Path, capsys:
     np.save("synthetic.npy", anchors)
     assert cli.main(example("refine")[1]) == 0
     assert "2 of 30 anchors are left out: their features are not finite\n" in capsys.readouterr().err
-    assert read_artifact("refined").labels.tolist() == (np.arange(COUNT) % 3).tolist()
+    assert read_artifact("refined-by-posterior").labels.tolist() == (np.arange(COUNT) % 3).tolist()
     anchors[2::3] = np.nan  # all of the last class
     np.save("synthetic.npy", anchors)
     assert cli.main([*example("refine")[1][:-1], "again"]) == 3
@@ -152,15 +152,27 @@ def test_labels_come_back_in_the_type_and_with_the_ids_they_had(folder: Path) ->
 
     ids = [f"{row}.png" for row in range(COUNT)]
     write_labels("given.csv", given, ids)
-    refine[refine.index("small.npy")] = "given.csv"
+    refine[refine.index("small.npy")], refine[refine.index("refined")] = "given.csv", "with-ids"
     assert cli.main(refine) == 0
     write_labels("shuffled.csv", given[::-1].copy(), ids[::-1])  # another order, told by the ids
-    assert cli.main(["apply", "refined", "--given", "shuffled.csv", "--out", "labels.csv"]) == 0
+    assert cli.main(["apply", "with-ids", "--given", "shuffled.csv", "--out", "labels.csv"]) == 0
     labels, names = read_labels_and_ids("labels.csv")
     assert names == ids[::-1]
-    assert labels.tolist() == read_artifact("refined").labels[::-1].tolist()
-    assert cli.main(["revert", "refined", "--labels", "labels.csv", "--out", "again.csv"]) == 0
+    assert labels.tolist() == read_artifact("with-ids").labels[::-1].tolist()
+    assert cli.main(["revert", "with-ids", "--labels", "labels.csv", "--out", "again.csv"]) == 0
     assert Path("again.csv").read_bytes() == Path("shuffled.csv").read_bytes()
+
+
+def test_nothing_that_is_needed_to_revert_is_overwritten(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(refined)
+    assert cli.main(example("refine")[0]) == 0  # the same again
+    other = [{"0.6": "0.7"}.get(one, one) for one in example("refine")[0]]
+    assert cli.main(other) == 3
+    assert "out: refined holds the artifact of other settings or inputs" in capsys.readouterr().err
+    for command, option, name in (("apply", "--given", "given.npy"), ("revert", "--labels", "labels.npy")):
+        assert cli.main([command, "refined", option, name, "--out", name]) == 3
+        assert f"out: expected another file than the labels read, got {name}" in capsys.readouterr().err
+    assert files(refined) == before
 
 
 @pytest.mark.parametrize("command", WRITERS)
@@ -258,7 +270,7 @@ def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("features.npy", np.zeros((COUNT, 8), int), "features: expected numbers, but features.npy holds int64"),
+        ("features.npy", np.zeros((COUNT, 8), int), "features: expected floats, but features.npy holds int64"),
         ("features.npy", np.zeros((5, 8)), r"logits: expected shape (5, C), got (60, 3)"),
         ("features.npy", np.zeros(8), "features: expected shape (N, D), got (8,)"),
         ("logits.npy", np.zeros(3), "logits: expected shape (60, C), got (3,)"),
@@ -266,7 +278,7 @@ def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
         ("prototypes.npy", np.zeros((3, 9)), "prototypes: expected shape (3, 8), got (3, 9)"),
         ("given.npy", np.zeros(5, int), "given: expected shape (60,), got (5,)"),
         ("given.npy", np.full(COUNT, 3), "given: expected classes 0 to 2, got 3 in row 0"),
-        ("given.npy", np.zeros(COUNT), "labels: expected numbers, but given.npy holds float64"),
+        ("given.npy", np.zeros(COUNT), "labels: expected integers, but given.npy holds float64"),
     ],
 )
 def test_bad_input_is_one_line_and_code_3(

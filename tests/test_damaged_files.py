@@ -99,7 +99,7 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "object array": (".npy", npy(np.array([1, "a", None], dtype=object), allow_pickle=True), "holds Python objects"),
     "ordered cifar-n": (".npy", npy(np.array({"a": LABELS}), allow_pickle=True), "in another order: use the .pt files"),
     "record array": (".npy", npy(np.zeros(3, [("a", "i8")])), "damaged header: the elements are records"),
-    "float labels": (".npy", npy(LABELS.astype(float)), "expected numbers, but .* holds float64"),
+    "float labels": (".npy", npy(LABELS.astype(float)), "expected integers, but .* holds float64"),
     "nan labels": (".npy", npy(np.full(3, np.nan)), "holds float64"),
     "complex labels": (".npy", npy(LABELS.astype(complex)), "holds complex128"),
     "bool labels": (".npy", npy(LABELS > 1), "holds bool"),

@@ -247,7 +247,16 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
     artifact = read_artifact(source / "refined")
     truth = np.array([int(Path(one).stem[-1]) for one in artifact.ids or []])
     assert (artifact.labels != truth).mean() < (artifact.given != truth).mean() / 2
+    before = content(source)
+    assert cli.main(["embed", "photos", "--out", "real", *options]) == 0  # the same again
     capsys.readouterr()
+    for out, message in (
+        ("refined", "out: expected a new or empty folder"),
+        ("photos/A", "out: expected a folder outside"),
+    ):
+        assert cli.main(["embed", "photos", "--out", out, *options]) == 3
+        assert message in capsys.readouterr().err
+    assert content(source) == before
 
 
 @pytest.mark.parametrize(
@@ -255,6 +264,8 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
     [
         ({"refiner": "other"}, "refiner: expected anchored or paper, got 'other'"),
         ({"threshold": "high"}, "threshold: expected auto or a number, got 'high'"),
+        ({"threshold": 5.0}, "threshold: expected auto or a number from -1 to 1, got 5.0"),
+        ({"device": "cuda:99"}, "device: expected cpu where torch finds no GPU, got cuda:99"),
         ({"seed": -1}, "seed, workers: expected 0 or more, got -1 and 2"),
         ({"encoder": "what"}, "encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder"),
         ({"images": "nowhere"}, "images: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),

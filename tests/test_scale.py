@@ -221,12 +221,12 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"given": "features.npy"}, "given: expected numbers, but .* holds float16"),
+        ({"given": "features.npy"}, "given: expected integers, but .* holds float16"),
         ({"given": "short.npy"}, "given: expected 250 rows like the features, got 249"),
         ({"given": "high.npy"}, "given in .*: expected classes 0 to 5, got 6 in row 0"),
-        ({"features": "given.npy"}, "features: expected numbers, but"),
+        ({"features": "given.npy"}, "features: expected floats, but"),
         ({"features": "logits.npy"}, r"prototypes: expected shape \(6, 6\) like the features in .*, got \(6, 8\)"),
-        ({"features": "given"}, "features: expected numbers, but .* holds int64"),
+        ({"features": "given"}, "features: expected floats, but .* holds int64"),
         ({"features": "nothing"}, "features: expected .npy or .parquet files in the folder"),
         ({"logits": "features.npy"}, r"logits in .*: expected shape \(n, 6\), got"),
         ({"logits": "features"}, r"logits: expected files with the rows of the features' \[250\], got \[60, 100, 90\]"),
