@@ -170,7 +170,7 @@ def test_every_way_to_store_the_inputs_gives_the_same_labels(small: Data, tmp_pa
         pq.write_table(table, parquet / f"{number}.parquet", row_group_size=50)
     small.run(tmp_path / "npy", rounds=2)
     anchors = (small.anchors, small.anchor_labels)
-    anchored_shards.anchored_shards(parquet, parquet, *anchors, tmp_path / "shards", rounds=2)
+    anchored_shards.anchored_shards(parquet, parquet, *anchors, tmp_path / "shards", rounds=2, hidden=32)
     found, expected = columns(tmp_path / "shards"), columns(tmp_path / "npy")
     np.testing.assert_array_equal(found["refined"], expected["refined"])
     np.testing.assert_allclose(found["confidence"], expected["confidence"], atol=1e-3)
