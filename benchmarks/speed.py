@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: python benchmarks/speed.py refine | lra | embed | embed_ray | scale.
+"""Speed as ratios within one run: python benchmarks/speed.py WHAT, see --help.
 
 Machines differ and are noisy, so a figure here is always one way of doing the work against another way, timed in turn
 in the same process, and the median of the rounds counts.
@@ -29,9 +29,11 @@ from benchmarks.records import digest, environment, write_record
 from benchmarks.speed_embed import embed, embed_ray
 from benchmarks.speed_lra import lra
 from benchmarks.speed_scale import ROWS, plot, scale
+from benchmarks.speed_train import train
 from synth_refine import refine_labels
 
 SIZES = [(45_000, 512, 10), (200_000, 768, 1000)]  # images, features, classes
+IMAGENET = (1_281_167, 768, 1000)
 LOOP_ROWS = 2_000  # images of the per-image loop; its time is scaled to all images
 
 
@@ -128,8 +130,41 @@ def refine(rounds: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
+def refine_card(rounds: int = 5, size: tuple[int, int, int] = IMAGENET) -> list[dict[str, Any]]:
+    """refine_labels on a GPU against what it cannot avoid there: the matrix product, and a copy of the logits."""
+    if not torch.cuda.is_available():
+        raise SystemExit("refine_card: expected a CUDA device, got none")
+    num_images, num_features, num_classes = size
+    torch.manual_seed(0)
+    features, logits, prototypes = (
+        torch.randn(shape, device="cuda")
+        for shape in ((num_images, num_features), (num_images, num_classes), (num_classes, num_features))
+    )
+
+    def timed(function: Callable[[], object]) -> float:
+        def to_the_end() -> None:
+            function()
+            torch.cuda.synchronize()
+
+        return seconds(to_the_end)
+
+    ways: dict[str, Callable[[], object]] = {
+        "seconds": lambda: refine_labels(features, logits, prototypes, 0.6),
+        "matmul_seconds": lambda: features @ prototypes.T,
+        "copy_seconds": logits.clone,
+    }
+    for way in ways.values():
+        timed(way)
+    times = {name: statistics.median(timed(way) for _ in range(rounds)) for name, way in ways.items()}
+    bound = max(times["matmul_seconds"], times["copy_seconds"])
+    about = {"device": torch.cuda.get_device_name(), "images": num_images, "features": num_features}
+    return [{**about, "classes": num_classes, **times, "times_larger_of_both": times["seconds"] / bound}]
+
+
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "refine": refine,
+    "refine_card": refine_card,
+    "train": train,
     "lra": lambda: [lra()],
     "embed": embed,
     "embed_ray": embed_ray,

@@ -5,8 +5,11 @@ Li, Mao, Matsui, ICIP 2025, https://arxiv.org/abs/2509.04298. Letters in shapes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +21,9 @@ from synth_refine._check import Array, ArrayT, InputError, check_array, check_fl
 CHUNK_ELEMENTS = 1 << 21
 """Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache. No more
 features than that either."""
+
+GPU_CHUNK_ELEMENTS = 1 << 27
+"""The same on a GPU, half a gigabyte: a chunk costs it the time to start a dozen kernels and to answer a question."""
 
 CACHED_ELEMENTS = 1 << 17
 """Scores searched at once on the CPU: half a megabyte, which a core's own cache holds."""
@@ -131,7 +137,7 @@ def refine_labels(
     labels = torch.empty(num_images, dtype=torch.int64, device=device)
     confidence = torch.empty(num_images, dtype=dtype, device=device)
     ties = [torch.empty((0, 2), dtype=torch.int64, device=device)]
-    step = chunk_rows(num_classes, features.shape[1])
+    step = chunk_rows(num_classes, features.shape[1], device.type)
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
@@ -167,9 +173,10 @@ class Scored:
     ties: Tensor
 
 
-def chunk_rows(num_classes: int, width: int) -> int:
-    """Images scored at once, for C classes and D features."""
-    return max(64, CHUNK_ELEMENTS // max(num_classes, width))
+def chunk_rows(num_classes: int, width: int, device: str = "cpu") -> int:
+    """Images scored at once, for C classes and D features, on a kind of device."""
+    elements = CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
+    return max(64, elements // max(num_classes, width))
 
 
 def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weight: float, top: int) -> Scored:
@@ -185,18 +192,49 @@ def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weig
     lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     scored = lengths.isfinite() & (lengths > 0)  # (n, 1)
     # Scores times the length of the feature: scaling the softmax up is cheaper than scaling the features down.
-    if logits is None:
+    scale, count = (1 - weight) * lengths, max(2, top)
+    if fused := _fused(features.device, features.dtype, directions.shape[1]):
         scores = features @ directions  # (n, C)
+        values, classes, finite = fused(scores, logits, scale, count)
+        scored &= finite
     else:
-        scores = logits.softmax(dim=1).mul_((1 - weight) * lengths).addmm_(features, directions)
-        scored &= logits.amax(dim=1, keepdim=True).isfinite() & logits.amin(dim=1, keepdim=True).isfinite()
-    values, classes = best_classes(scores, max(2, top))
+        if logits is None:
+            scores = features @ directions
+        else:
+            scores = logits.softmax(dim=1).mul_(scale).addmm_(features, directions)
+            scored &= logits.amax(dim=1, keepdim=True).isfinite() & logits.amin(dim=1, keepdim=True).isfinite()
+        values, classes = best_classes(scores, count)
     ties = torch.empty((0, 2), dtype=torch.int64, device=scores.device)
     if values.shape[1] > 1 and bool((tied := values[:, 0] == values[:, 1]).any()):
         scores.scatter_(1, classes, values)  # what the search took out
         ties = ((scores == values[:, :1]) & tied[:, None]).nonzero()
     values, classes = values[:, :top] / lengths, classes[:, :top]
     return Scored(classes.masked_fill(~scored, -1), values.masked_fill(~scored, torch.nan), ties)
+
+
+Fused: TypeAlias = Callable[[Tensor, Tensor | None, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+@cache
+def _fused(device: torch.device, dtype: torch.dtype, num_classes: int) -> Fused | None:
+    """What adds softmax and similarity and searches the best in one kernel, or None where it takes several.
+
+    Triton comes with PyTorch on Linux, and wants a C compiler when it starts its first kernel.
+    """
+    if device.type != "cuda" or dtype != torch.float32:
+        return None
+    try:
+        from synth_refine._fused import MOST_CLASSES, best_of_rows
+
+        if num_classes > MOST_CLASSES:
+            return None
+        zeros = torch.zeros((1, num_classes), device=device)
+        best_of_rows(zeros.clone(), zeros, zeros[:, :1], 1)
+    except Exception as error:  # whatever Triton finds wrong, there is another way
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"refine_labels: no fused kernel on {device} ({what}); it takes some times as long", stacklevel=2)
+        return None
+    return best_of_rows
 
 
 def best_classes(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from third_party import checkpoint, loop, standard
+from third_party import checkpoint, loop, plc, standard
 from third_party.resnet import Classifier, FeatureHead, ResNet, embed
 
 QUICK = standard.Config(epochs=5, batch_size=16, lr=0.05, milestones=(3,))
@@ -184,6 +185,26 @@ def test_bfloat16_is_a_switch() -> None:
     result = standard.train(model, inputs, labels, replace(QUICK, bf16=True), measure=no_figures, seed=0)
     assert set(seen) == {torch.bfloat16}
     assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.parametrize("method", [standard, plc])
+def test_torch_compile_is_a_switch(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+
+    def trace(network: nn.Module) -> Any:
+        """torch.compile as far as a graph of the whole network, run as it is."""
+        traced.append(network)
+        return compile_(network, backend="eager", fullgraph=True)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", trace)
+    losses = []
+    for compiled in (False, True):
+        model, inputs, labels = toy()
+        config = method.Config(epochs=2, batch_size=16, crop_padding=0, flip=False, compiled=compiled)
+        losses.append(method.train(model, inputs, labels, config, measure=no_figures, seed=0).history[-1]["loss"])
+    assert traced == [model]
+    assert losses[1] == pytest.approx(losses[0])
 
 
 @pytest.mark.parametrize(

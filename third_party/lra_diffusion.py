@@ -60,6 +60,7 @@ class Config:
     crop_padding: int = 4  # pixels; 0 switches the crop off
     flip: bool = True
     bf16: bool = False  # autocast the image encoder to bfloat16
+    compiled: bool = False  # through torch.compile
 
 
 PRESETS: Mapping[str, Config] = {
@@ -436,7 +437,7 @@ def train(
     untrained = not config.train_image_encoder and config.encoder_eval_mode
     # Without augmentation its answers are the same in every epoch.
     embedded = untrained and (inputs.ndim == 2 or not (config.crop_padding or config.flip))
-    objective = parallel(_Objective(network, embedded), device)
+    objective = parallel(_Objective(network, embedded), device, config.compiled)
     trained = [network.denoiser, network.image_encoder] if config.train_image_encoder else [network.denoiser]
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.Adam([{"params": list(part.parameters())} for part in trained], lr=config.lr, fused=fused)

@@ -25,13 +25,18 @@ def processes() -> tuple[int, int]:
     return 0, 1
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def parallel(model: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
     """The network as the loops call it: itself, or wrapped so that the gradients are averaged over all processes.
 
-    Batch normalisation is made to see the batches of all processes, and dropout to draw for them, see `set_part`.
+    Batch normalisation is made to see the batches of all processes, and dropout to draw for them, see `set_part`. With
+    `compiled` it goes through torch.compile; its weights stay those of `model`.
     """
-    if processes()[1] == 1:
-        return model
+    if processes()[1] > 1:
+        model = _shared(model, device)
+    return cast(nn.Module, torch.compile(model)) if compiled else model
+
+
+def _shared(model: nn.Module, device: torch.device) -> nn.Module:
     _share_layers(model)
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # in place, below the top

@@ -55,6 +55,7 @@ class Config:
     crop_padding: int = 4  # pixels; 0 switches the crop off
     flip: bool = True
     bf16: bool = False  # autocast to bfloat16
+    compiled: bool = False  # through torch.compile
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def train(
     rank, count = processes()
     if checkpoint is not None and count > 1:
         raise ValueError(f"checkpoint: expected None where {count} processes share the window, got {checkpoint}")
-    network = parallel(model, device)
+    network = parallel(model, device, config.compiled)
     optimiser = sgd(model, config.lr, config.momentum, config.weight_decay, config.nesterov, device)
     history: list[dict[str, float]] = []
     current, delta = labels.clone(), config.delta

@@ -38,6 +38,7 @@ class Config:
     jitter: float = 0.8  # how often brightness, contrast, saturation and hue change
     grayscale: float = 0.2  # how often the colours go
     bf16: bool = False  # autocast to bfloat16
+    compiled: bool = False  # through torch.compile
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
     if state := progress.load(model, optimiser):
         history = state["history"]
 
+    network = torch.compile(model) if config.compiled else model
     model.train()
     bar = tqdm(range(len(history), config.epochs), "simclr", initial=len(history), total=config.epochs, disable=None)
     for epoch in bar:
@@ -208,7 +210,7 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
             for rows in shuffled_batches(len(images), config.batch_size, device):
                 batch = images[rows]
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                    projections = [model(random_view(batch, config)).float() for _ in range(2)]
+                    projections = [network(random_view(batch, config)).float() for _ in range(2)]
                 loss = nt_xent(projections[0], projections[1], config.temperature)
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's stubs

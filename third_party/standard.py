@@ -47,6 +47,7 @@ class Config:
     crop_padding: int = 4  # pixels; 0 switches the crop off
     flip: bool = True
     bf16: bool = False  # autocast to bfloat16
+    compiled: bool = False  # through torch.compile
 
 
 FINE_TUNE = Config(epochs=50, lr=0.001, weight_decay=0.0001, milestones=(20, 40), gamma=0.1, warmup=0)
@@ -131,7 +132,7 @@ def train(
         model.to(memory_format=torch.channels_last)
     rank, count = processes()
     places = slice(rank, None, count)  # in every batch, of the rows of this process
-    network = parallel(model, device)
+    network = parallel(model, device, config.compiled)
     optimiser = sgd(model, config.lr, config.momentum, config.weight_decay, config.nesterov, device)
     history: list[dict[str, float]] = []
     best_epoch: int | None = None
