@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -32,7 +34,7 @@ from synth_refine.artifact import (
 from synth_refine.cli import FINE
 from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
 from synth_refine.export import export
-from synth_refine.files import file_hash, read_npy
+from synth_refine.files import check_folder, file_hash, read_npy
 from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
@@ -82,6 +84,7 @@ def _tell(options: argparse.Namespace, done: pipeline.Summary | dict[str, Any]) 
 
 def _generate(options: argparse.Namespace) -> int:
     options.images = ""
+    check_folder("out", _settings(options).out)
     manifest = pipeline.generate(_settings(options), read_classes(options.classes))
     _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
     return FINE
@@ -93,6 +96,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _refine(options: argparse.Namespace) -> int:
+    check_folder("out", options.out)
     features = read_npy("features", options.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
@@ -251,10 +255,24 @@ def _write(
     if Path(options.out).exists() and Path(options.out).samefile(getattr(options, "given", None) or options.labels):
         raise InputError(f"out: expected another file than the labels read, got {options.out}")
     names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
+    _check_free(options.out, labels, names)
     if not options.dry_run:
         write_labels(options.out, labels, names, dtype=labels.dtype)
     _show({"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
+
+
+def _check_free(out: str, labels: NDArray[np.integer[Any]], names: list[str] | None) -> None:
+    """Refuse to write labels over anything else; over the same ones, as a command that is repeated does, is fine."""
+    if Path(out).is_dir():
+        raise InputError(f"out: expected a file to write, got a folder: {out}")
+    if not os.path.lexists(out):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, Path(out).name)
+        write_labels(new, labels, names, dtype=labels.dtype)
+        if not Path(out).is_file() or new.read_bytes() != Path(out).read_bytes():
+            raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds something else")
 
 
 def _diff(options: argparse.Namespace) -> int:

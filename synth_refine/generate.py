@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from synth_refine._check import InputError, check_folder_name
-from synth_refine.files import file_hash, remove_unfinished, write_atomic
+from synth_refine.files import file_hash, make_folder, remove_unfinished, write_atomic
 
 SDXL_TURBO = "stabilityai/sdxl-turbo"
 TEMPLATES = ("A photo of {category}.",)
@@ -408,7 +408,7 @@ def generate_images(
     root = Path(folder)
     done: dict[str, dict[str, Any]] = {}
     if share.first:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder("folder", root)
         _begin(root, {**about, "generator": generator.about}, jobs)
     share.wait()
     done = _finished(root, generator.about["model"], jobs)

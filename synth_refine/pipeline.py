@@ -43,7 +43,7 @@ from synth_refine.decide import (
     sweep,
 )
 from synth_refine.encode import Encoder, encoder_by_name
-from synth_refine.files import locked, open_plain, remove_unfinished, write_atomic
+from synth_refine.files import check_folder, locked, make_folder, open_plain, remove_unfinished, write_atomic
 from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, generate_images, generator_by_name
 from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
 from synth_refine.labels import csv_bytes
@@ -174,8 +174,7 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
         _lacking(open_images(settings.synthetic, images.classes).labels, images)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder("out", settings.out)
     with locked(out):
         _begin(out, settings)
         return _run(out, settings, images, classes, encoder)
@@ -311,7 +310,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     begun = set(there) <= EMBEDDED and next(out.glob("features/features-*/manifest.json"), None) is not None
     if there and not begun:
         raise InputError(f"out: expected a new or empty folder, or what embed began there, but {out} holds {there[0]}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("out", out)
     features, bad = _features(encoder, images, out, settings, "images")
     with write_atomic(out / "features.npy") as file:
         np.save(file, features, allow_pickle=False)
@@ -353,6 +352,7 @@ def _check(settings: Settings) -> None:
     if settings.seed < 0 or settings.workers < 0:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
     check_engine(settings.engine)
+    check_folder("out", settings.out)
     if settings.engine == "local" and settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
 

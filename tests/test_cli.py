@@ -175,6 +175,21 @@ def test_nothing_that_is_needed_to_revert_is_overwritten(refined: Path, capsys: 
     assert files(refined) == before
 
 
+def test_labels_are_not_written_over_anything_else(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.csv").write_text("mine\n")
+    np.save("true.npy", np.arange(COUNT))
+    before = files(refined)
+    for command, option, name in (("apply", "--given", "given.npy"), ("revert", "--labels", "labels.npy")):
+        for out in ("notes.csv", "true.npy", "prototypes.npy"):
+            for more in ([], ["--dry-run"]):
+                assert cli.main([command, "refined", option, name, "--out", out, *more]) == 3
+                message = f"out: expected a new file, or one of the same labels, but {out} holds something else"
+                assert capsys.readouterr().err == f"synth-refine: {message}\n"
+    for arguments in example("apply"):  # the same again
+        assert cli.main(arguments) == 0
+    assert files(refined) == before
+
+
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_dry_run_writes_nothing(command: str, refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(refined)
@@ -400,9 +415,30 @@ def test_what_is_in_the_way_is_reported(refined: Path, capsys: pytest.CaptureFix
     Path("file").touch()
     Path("other").mkdir()
     Path("other/notes.txt").touch()
-    for out, message in {"file": "File exists", "other": "expected an artifact or an empty folder"}.items():
+    Path("classes.yaml").write_text("- A\n- B\n")
+    for out, message in {
+        "file": f"out: expected a folder, got a file: {Path('file').absolute()}\n",
+        "file/below": f"out: expected a folder, got a file: {Path('file').absolute()}\n",
+        "other": "folder: expected an artifact or an empty folder",
+    }.items():
         assert cli.main([*example("refine")[0][:-1], out]) == 3
-        assert message in capsys.readouterr().err
+        assert f"synth-refine: {message}" in capsys.readouterr().err
+    for command in (
+        [*example("refine")[0][:-2], "--dry-run"],
+        example("scale")[0][:-2],
+        example("scale")[2][:-2],
+        ["run", "photos"],
+        ["embed", "photos"],
+        ["generate", "--classes", "classes.yaml", "--model", "glyphs"],
+    ):
+        assert cli.main([*command, "--out", "file"]) == 3
+        assert capsys.readouterr().err.endswith(f": out: expected a folder, got a file: {Path('file').absolute()}\n")
+    for command in (["apply", "refined", "--given", "given.npy"], ["revert", "refined", "--labels", "labels.npy"]):
+        for more in ([], ["--dry-run"]):
+            assert cli.main([*command, "--out", "other", *more]) == 3
+            assert capsys.readouterr().err == "synth-refine: out: expected a file to write, got a folder: other\n"
+    assert cli.main(["export", "refined", "--format", "jsonl", "--out", "other"]) == 3
+    assert capsys.readouterr().err == "synth-refine: path: expected a file to write, got a folder: other\n"
     assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "no/where.npy"]) == 3
     assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "labels.txt"]) == 3
 
