@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import pipeline
-from synth_refine._check import InputError, check_array
+from synth_refine._check import InputError, check_array, check_turned
 from synth_refine.anchored import anchored_posterior
 from synth_refine.anchored_shards import anchored_shards
 from synth_refine.artifact import (
@@ -100,6 +100,7 @@ def _refine(options: argparse.Namespace) -> int:
     features = read_npy("features", options.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
+    check_turned("features", features, len(given))
     method = _paper if options.refiner == "paper" else _anchored
     files = ["features", "given", *(("logits", "prototypes") if method is _paper else ("anchors", "anchor_labels"))]
     artifact = record(
@@ -127,6 +128,8 @@ def _refine(options: argparse.Namespace) -> int:
 def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
     """What the paper's rule decides, as arguments of `record`."""
     logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in ("logits", "prototypes"))
+    if logits.shape[:1] == given.shape:  # the two against the features, which are then at fault
+        check_array("features", features, (len(given), "D"))
     check_array("logits", logits, (len(features), "C"))
     check_array("given", given, (len(features),))
     decision = refine_labels(

@@ -286,9 +286,11 @@ def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
     ("name", "array", "message"),
     [
         ("features.npy", np.zeros((COUNT, 8), int), "features: expected floats, but features.npy holds int64"),
-        ("features.npy", np.zeros((5, 8)), r"logits: expected shape (5, C), got (60, 3)"),
+        ("features.npy", np.zeros((5, 8)), "features: expected shape (60, D), got (5, 8)"),
+        ("features.npy", np.zeros((8, COUNT)), "features: expected shape (60, D), got (8, 60), which is transposed"),
         ("features.npy", np.zeros(8), "features: expected shape (N, D), got (8,)"),
         ("logits.npy", np.zeros(3), "logits: expected shape (60, C), got (3,)"),
+        ("logits.npy", np.zeros((5, 3)), "logits: expected shape (60, C), got (5, 3)"),
         ("prototypes.npy", np.zeros((3, 8)), "prototypes: expected a finite, non-zero row per class"),
         ("prototypes.npy", np.zeros((3, 9)), "prototypes: expected shape (3, 8), got (3, 9)"),
         ("given.npy", np.zeros(5, int), "given: expected shape (60,), got (5,)"),
