@@ -171,7 +171,7 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     encoder = _encoder(settings)
     _check_outside(settings)
     if settings.synthetic is not None:
-        _lacking(open_images(settings.synthetic, images.classes).labels, images)
+        _lacking(_synthetic(settings.synthetic, images.classes).labels, images)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
     out = make_folder("out", settings.out)
@@ -205,7 +205,7 @@ def _run(out: Path, settings: Settings, images: Images, classes: Mapping[str, st
     if source is None:
         categories = classes if classes is not None else {name: name for name in images.classes}
         source = str(generate(replace(settings, out=str(out / "synthetic")), categories).parent)
-    synthetic = open_images(source, images.classes)
+    synthetic = _synthetic(source, images.classes)
     features, bad = _features(encoder, images, out, settings, "images", hashes)
     anchors, unfit = _features(encoder, synthetic, out, settings, "synthetic images")
     reasons = [bad[row] for row in sorted(bad)] + [unfit[row] for row in sorted(unfit)]
@@ -233,6 +233,14 @@ def _run(out: Path, settings: Settings, images: Images, classes: Mapping[str, st
     )
     write(out / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
     return summary
+
+
+def _synthetic(source: str, classes: Sequence[str]) -> Images:
+    """`open_images` for synthetic images, which errors name as such."""
+    try:
+        return open_images(source, classes)
+    except InputError as error:
+        raise InputError(f"synthetic: {str(error).removeprefix('images: ')}") from error
 
 
 def generate(settings: Settings, categories: Mapping[str, str]) -> Path:
