@@ -339,9 +339,18 @@ def generator_by_name(
     device: torch.device | str = "cpu",
     batch_size: int = 8,
 ) -> Generator:
-    """`TextToImage` for a model's name or folder, 512 pixels by default; `Glyphs` for "glyphs", 32 by default."""
+    """`TextToImage` for a model's name or folder, 512 pixels by default; `Glyphs` for "glyphs", 32 by default.
+
+    Raises:
+        InputError: A name that is neither "glyphs" nor "owner/name", as all models of diffusers on the hub are called,
+            nor a folder; or a number out of range.
+    """
     if model == "glyphs":
         return Glyphs(32 if size is None else size)
+    if "/" not in model and not (model and Path(model).is_dir()):
+        raise InputError(
+            f"model: expected glyphs, a name on the hub as owner/name, such as {SDXL_TURBO}, or a folder, got {model!r}"
+        )
     return TextToImage(
         model,
         revision=revision,

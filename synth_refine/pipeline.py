@@ -44,7 +44,7 @@ from synth_refine.decide import (
 )
 from synth_refine.encode import Encoder, encoder_by_name
 from synth_refine.files import check_folder, locked, make_folder, open_plain, remove_unfinished, write_atomic
-from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, generate_images, generator_by_name
+from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, Generator, generate_images, generator_by_name
 from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
 from synth_refine.labels import csv_bytes
 from synth_refine.on_ray import check_engine
@@ -170,7 +170,9 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     images = open_images(settings.images, list(classes) if classes else None)
     encoder = _encoder(settings)
     _check_outside(settings)
-    if settings.synthetic is not None:
+    if settings.synthetic is None:
+        _generator(settings)
+    else:
         _lacking(_synthetic(settings.synthetic, images.classes).labels, images)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
@@ -245,7 +247,18 @@ def _synthetic(source: str, classes: Sequence[str]) -> Images:
 
 def generate(settings: Settings, categories: Mapping[str, str]) -> Path:
     """Draw the synthetic images of classes, with what prompts call them, into the folder `out`; the manifest."""
-    generator = generator_by_name(
+    return generate_images(
+        settings.out,
+        categories,
+        _generator(settings),
+        per_class=settings.per_class,
+        templates=settings.templates,
+        seed=settings.seed,
+    )
+
+
+def _generator(settings: Settings) -> Generator:
+    return generator_by_name(
         settings.model,
         steps=settings.steps,
         guidance=settings.guidance,
@@ -253,14 +266,6 @@ def generate(settings: Settings, categories: Mapping[str, str]) -> Path:
         revision=settings.revision,
         device=settings.device,
         batch_size=settings.batch_size,
-    )
-    return generate_images(
-        settings.out,
-        categories,
-        generator,
-        per_class=settings.per_class,
-        templates=settings.templates,
-        seed=settings.seed,
     )
 
 

@@ -269,6 +269,7 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
         ({"seed": -1}, "seed, workers: expected 0 or more, got -1 and 2"),
         ({"encoder": "what"}, "encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder"),
         ({"images": "nowhere"}, "images: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),
+        ({"model": "glyps"}, "^model: expected glyphs, .* got 'glyps'$"),
         ({"synthetic": "nowhere"}, "^synthetic: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),
         ({"synthetic": "drawn"}, "synthetic: expected an image of every class, got none of X"),
     ],

@@ -142,6 +142,20 @@ def test_default_is_sdxl_turbo_as_the_paper_used_it() -> None:
     assert generate.PER_CLASS == 100
 
 
+@pytest.mark.parametrize("model", ["glyps", ""])
+def test_an_unknown_model_is_refused_with_the_names_that_there_are(model: str) -> None:
+    message = f"model: expected glyphs, a name on the hub as owner/name, such as .*, or a folder, got {model!r}$"
+    with pytest.raises(InputError, match=message):
+        generator_by_name(model)
+
+
+def test_a_model_is_a_folder_or_a_name_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for model in ("mine", str(tmp_path / "mine"), "owner/name"):
+        assert generator_by_name(model).about["model"] == model
+
+
 def test_an_image_depends_on_run_seed_class_and_index_alone() -> None:
     seeds = {Job(label, index, seed, "", "", "").seed for label in range(3) for index in range(3) for seed in range(3)}
     assert len(seeds) == 27
