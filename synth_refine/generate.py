@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from synth_refine._check import InputError, check_folder_name
 from synth_refine.files import file_hash, make_folder, remove_unfinished, write_atomic
+from synth_refine.images import SUFFIXES
 
 SDXL_TURBO = "stabilityai/sdxl-turbo"
 TEMPLATES = ("A photo of {category}.",)
@@ -395,7 +396,7 @@ def generate_images(
         The manifest: JSON lines of file, class, prompt, seed, model, revision and sha256, sorted by class and index.
 
     Raises:
-        InputError: An argument is out of range, or the folder was begun with other settings or holds other images.
+        InputError: An argument is out of range, or the folder was begun with other settings or holds something else.
         OSError: The folder cannot be written.
     """
     categories = dict(classes) if isinstance(classes, Mapping) else {name: name for name in classes}
@@ -483,11 +484,14 @@ def _begin(root: Path, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
                 f"folder: expected the settings that {root} was begun with, got another {name}: "
                 f"{json.dumps(settings.get(name))[:80]} for {json.dumps(before.get(name))[:80]}; take another folder"
             )
+    elif other := next((path for path in sorted(root.iterdir()) if not path.name.startswith(".")), None):
+        raise InputError(
+            f"folder: expected a new or empty one, or what generate began there, but {root} holds {other.name}; "
+            "take another folder"
+        )
     ours = {job.file for job in jobs}
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and (
-            path.relative_to(root).as_posix() not in ours or not place.exists()
-        ):
+        if path.suffix.lower() in SUFFIXES and path.relative_to(root).as_posix() not in ours:
             raise InputError(
                 f"folder: expected images of this set alone in {root}, got {path.name}; take another folder"
             )

@@ -276,9 +276,26 @@ def test_another_revision_of_the_model_is_refused(tmp_path: Path, monkeypatch: p
 def test_a_folder_with_other_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "mine.jpg")
-    with pytest.raises(InputError, match=r"got mine\.jpg; take another folder"):
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"new or empty one, or what generate began there, but .* holds a; take"):
+            generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
+        assert list(content(tmp_path)) == ["a/mine.jpg"]
+    generate_images(tmp_path / "set", ["a"], Glyphs(8), per_class=1)
+    (tmp_path / "a" / "mine.jpg").rename(tmp_path / "set" / "a" / "mine.TIF")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"got mine\.TIF; take another folder"):
+        generate_images(tmp_path / "set", ["a"], Glyphs(8), per_class=1)
+    assert content(tmp_path) == before
+
+
+def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").touch()
+    generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
+    (tmp_path / "settings.json").rename(tmp_path / "notes.txt")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match="holds a; take another folder"):
         generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
-    assert list(content(tmp_path)) == ["a/mine.jpg"]
+    assert content(tmp_path) == before
 
 
 def test_a_full_disk_is_an_error_and_the_set_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
