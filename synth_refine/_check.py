@@ -45,6 +45,12 @@ def check_folder_name(name: str, value: str) -> None:
         raise InputError(f"{name}: expected names that a folder can have, got {value!r}")
 
 
+def check_threshold(value: object, expected: str = "a number") -> None:
+    """Refuse what is no number from -1 to 1, as scores and probabilities are; NaN, too."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
+        raise InputError(f"threshold: expected {expected} from -1 to 1, got {value!r}")
+
+
 def check_floating(name: str, value: Array) -> None:
     """Refuse integers, booleans, complex numbers and objects."""
     floating = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"

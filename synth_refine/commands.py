@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import pipeline
-from synth_refine._check import InputError, check_array, check_turned
+from synth_refine._check import InputError, check_array, check_threshold, check_turned
 from synth_refine.anchored import anchored_posterior
 from synth_refine.anchored_shards import anchored_shards
 from synth_refine.artifact import (
@@ -127,6 +127,7 @@ def _refine(options: argparse.Namespace) -> int:
 
 def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
     """What the paper's rule decides, as arguments of `record`."""
+    check_threshold(options.threshold)
     logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in ("logits", "prototypes"))
     if logits.shape[:1] == given.shape:  # the two against the features, which are then at fault
         check_array("features", features, (len(given), "D"))
@@ -206,6 +207,7 @@ def _scale(options: argparse.Namespace) -> int:
             _say(f"nothing is changed: {done.note}")
         _show({"out": options.out, **asdict(done)})
         return FINE
+    check_threshold(options.threshold)
     summary = refine_shards(
         options.features,
         options.given,

@@ -28,7 +28,7 @@ import yaml
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from synth_refine._check import InputError
+from synth_refine._check import InputError, check_threshold
 from synth_refine.anchored import FOLDS, anchored_posterior, fit_head, standardised
 from synth_refine.artifact import Artifact, record, write_artifact
 from synth_refine.decide import (
@@ -351,11 +351,8 @@ def write(path: Path, data: bytes) -> None:
 def _check(settings: Settings) -> None:
     if settings.refiner not in ("anchored", "paper"):
         raise InputError(f"refiner: expected anchored or paper, got {settings.refiner!r}")
-    number = isinstance(settings.threshold, int | float) and not isinstance(settings.threshold, bool)
-    if not (settings.threshold == "auto" or number):
-        raise InputError(f"threshold: expected auto or a number, got {settings.threshold!r}")
-    if number and not -1 <= float(settings.threshold) <= 1:  # of a score or a probability; NaN is refused, too
-        raise InputError(f"threshold: expected auto or a number from -1 to 1, got {settings.threshold!r}")
+    if settings.threshold != "auto":
+        check_threshold(settings.threshold, "auto or a number")
     for name in ("per_class", "steps", "batch_size"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}: expected 1 or more, got {getattr(settings, name)}")

@@ -310,6 +310,15 @@ def test_bad_input_is_one_line_and_code_3(
     assert not Path("refined").exists()
 
 
+@pytest.mark.parametrize("command", ["refine", "scale"])
+def test_a_threshold_that_no_score_has_is_refused(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*example(command)[0], "--threshold", "7"]) == 3
+    assert capsys.readouterr().err == "synth-refine: threshold: expected a number from -1 to 1, got 7.0\n"
+    assert not list(folder.glob("refined*"))
+
+
 def test_what_cannot_be_scored_is_counted_or_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = np.load("features.npy")
     features[7] = np.nan
