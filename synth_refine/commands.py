@@ -133,6 +133,7 @@ def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[n
         check_array("features", features, (len(given), "D"))
     check_array("logits", logits, (len(features), "C"))
     check_array("given", given, (len(features),))
+    named = _class_names(options, logits.shape[1])
     decision = refine_labels(
         features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
     )
@@ -143,7 +144,7 @@ def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[n
         "abstained": undecided,
         "confidence": decision.confidence,
         "reason": np.where(undecided, "cannot be scored", "score reaches the threshold"),
-        "settings": {"refiner": "paper", "threshold": options.threshold, "weight": options.weight},
+        "settings": {"refiner": "paper", "threshold": options.threshold, "weight": options.weight, **named},
     }
 
 
@@ -152,6 +153,7 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
     check_array("given", given, (len(features),))
     anchors, anchor_labels, num_classes = _read_anchors(options)
     check_array("anchors", anchors, ("M", features.shape[1]))
+    named = _class_names(options, num_classes)
     check_row_order(given, prototype_classes(features, anchors, anchor_labels, num_classes), num_classes)
     posterior = anchored_posterior(
         features,
@@ -172,8 +174,18 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
         "confidence": best[:, -1],
         "margin": best[:, -1] - best[:, -2] if num_classes > 1 else best[:, -1],
         "reason": np.array(REASONS)[np.asarray(decision.reasons)],
-        "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force},
+        "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force, **named},
     }
+
+
+def _class_names(options: argparse.Namespace, count: int) -> dict[str, list[str]]:
+    """The entry of class names in an artifact's settings, where there are some."""
+    if options.classes is None:
+        return {}
+    names = list(read_classes(options.classes))
+    if len(names) != count:
+        raise InputError(f"classes: expected {count} names in {options.classes}, got {len(names)}")
+    return {"classes": names}
 
 
 def _read_anchors(options: argparse.Namespace) -> tuple[NDArray[Any], NDArray[np.int64], int]:
