@@ -32,7 +32,7 @@ from synth_refine.artifact import (
     write_artifact,
 )
 from synth_refine.cli import FINE
-from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
+from synth_refine.decide import REASONS, Answer, agreement_doubt, check_row_order, decide, prototype_classes
 from synth_refine.export import export
 from synth_refine.files import check_folder, file_hash, read_npy
 from synth_refine.images import read_classes
@@ -43,6 +43,7 @@ from synth_refine.scale import SHARD_ROWS, refine_shards
 from synth_refine.trees import apply_tree, revert_tree
 
 PROBLEM = 1
+ORDER_ROWS = 50_000  # images that are compared with the prototypes, to tell whether labels stand in their order
 
 
 def _settings(options: argparse.Namespace) -> pipeline.Settings:
@@ -137,6 +138,9 @@ def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[n
     decision = refine_labels(
         features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
     )
+    some = slice(None, None, -(-len(given) // ORDER_ROWS) or 1)
+    nearest = prototype_classes(features[some], prototypes, np.arange(len(prototypes)), len(prototypes))
+    _doubt(given[some], nearest, len(prototypes))
     undecided = np.asarray(decision.labels) < 0
     return {
         "labels": decision.apply(given),
@@ -154,7 +158,9 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
     anchors, anchor_labels, num_classes = _read_anchors(options)
     check_array("anchors", anchors, ("M", features.shape[1]))
     named = _class_names(options, num_classes)
-    check_row_order(given, prototype_classes(features, anchors, anchor_labels, num_classes), num_classes)
+    nearest = prototype_classes(features, anchors, anchor_labels, num_classes)
+    check_row_order(given, nearest, num_classes)
+    _doubt(given, nearest, num_classes)
     posterior = anchored_posterior(
         features,
         given,
@@ -371,6 +377,11 @@ def _counts(artifact: Artifact) -> dict[str, int]:
 
 def _show(result: Mapping[str, object]) -> None:
     print(json.dumps(result))
+
+
+def _doubt(given: NDArray[np.int64], nearest: NDArray[np.int64], num_classes: int) -> None:
+    if text := agreement_doubt(given, nearest, num_classes):
+        _say(f"warning: {text}")
 
 
 def _say(text: str) -> None:

@@ -35,6 +35,7 @@ from synth_refine.decide import (
     REASONS,
     Answer,
     SweepRow,
+    agreement_doubt,
     calibrate_thresholds,
     check_row_order,
     decide,
@@ -419,10 +420,11 @@ def refine(
     count = len(images.classes)
     _lacking(anchor_labels, images)
     good = np.isfinite(features).all(axis=1)
-    order = check_row_order(
-        images.labels[good], prototype_classes(features[good], anchors, anchor_labels, count), count, seed=settings.seed
-    )
+    nearest = prototype_classes(features[good], anchors, anchor_labels, count)
+    order = check_row_order(images.labels[good], nearest, count, seed=settings.seed)
     notes = {"agreement of given labels and prototypes": f"{order.agreement:.3f}"}
+    if doubt := agreement_doubt(images.labels[good], nearest, count):
+        notes["warning"] = doubt
     if min(good.sum(), len(anchors)) >= 4:
         notes["domain gap (0.5 or less none, 1 full)"] = f"{domain_gap(features[good], anchors):.3f}"
     method = _anchored if settings.refiner == "anchored" else _paper

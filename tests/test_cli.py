@@ -331,6 +331,23 @@ def test_what_cannot_be_scored_is_counted_or_refused(folder: Path, capsys: pytes
     assert cli.main([*example("refine")[0], "--strict"]) == 3
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_labels_in_another_order_and_other_class_numbers_are_warned_of(
+    number: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = example("refine")[number]
+    assert cli.main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    if number == 0:
+        np.save("given.npy", np.random.default_rng(0).permutation(np.load("given.npy")))
+    else:
+        np.save("synthetic_labels.npy", (np.load("synthetic_labels.npy") + 1) % 3)
+    assert cli.main([*command[:-1], "other"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1
+    assert "is the order of the rows the same, do the class numbers mean the same" in warned[0]
+
+
 def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save("logits.npy", np.tile([9.0, 0, 0], (COUNT, 1)))
     np.save("features.npy", np.tile(np.eye(8)[0], (COUNT, 1)))

@@ -9,6 +9,7 @@ from synth_refine.anchored import Posterior, anchored_posterior
 from synth_refine.decide import (
     REASONS,
     Answer,
+    agreement_doubt,
     calibrate_thresholds,
     check_row_order,
     decide,
@@ -220,6 +221,27 @@ def test_labels_of_another_order_or_data_set_are_refused(count, classes, way):
     }[way]
     with pytest.raises(InputError, match="given: expected labels of these images in this order"):
         check_row_order(wrong, opinion, classes)
+
+
+@pytest.mark.parametrize(("count", "classes", "wrong"), [(45_000, 100, 0.74), (45_000, 10, 0.7), (1_000, 10, 0.7)])
+def test_agreement_by_chance_is_doubted_and_noise_is_not(count, classes, wrong):
+    given, opinion = noisy(count, classes, 0.7, wrong)
+    assert agreement_doubt(given, opinion, classes) == ""
+    assert agreement_doubt(given[: 20 * classes - 1], opinion[::-1][: 20 * classes - 1], classes) == ""  # too few
+    for other in (opinion[::-1], classes - 1 - opinion, np.random.default_rng(1).permutation(opinion)):
+        doubt = agreement_doubt(given, other, classes)
+        assert doubt.startswith("given labels and nearest prototypes name the same class for ")
+        assert "\n" not in doubt
+
+
+def test_chance_is_that_of_shuffled_rows():
+    rng = np.random.default_rng(0)
+    given, opinion = rng.choice(5, 2_000, p=[0.6, 0.1, 0.1, 0.1, 0.1]), rng.choice(5, 2_000, p=[0.5, 0.3, 0.1, 0.1, 0])
+    shuffled = [int((rng.permutation(given) == opinion).sum()) for _ in range(500)]
+    score = ((given == opinion).sum() - np.mean(shuffled)) / np.std(shuffled)
+    told = float(agreement_doubt(given, opinion, 5).split("(")[1].split()[0])
+    assert abs(told - score) < 0.3
+    assert agreement_doubt(np.zeros(500, int), np.arange(500) % 5, 5) == ""  # nothing varies
 
 
 def test_too_few_rows_or_one_class_are_never_refused():

@@ -25,6 +25,7 @@ from synth_refine import InputError, cli, encode, on_ray, pipeline
 from synth_refine.artifact import Artifact, WrongBase, WrongIds, read_artifact, record
 from synth_refine.encode import encoder_by_name
 from synth_refine.generate import Glyphs, Job
+from synth_refine.images import Images
 from synth_refine.labels import csv_bytes, read_csv
 from synth_refine.pipeline import Settings, given_logits, paper_thresholds, run
 from synth_refine.trees import apply_tree, new_places, revert_tree
@@ -354,6 +355,16 @@ def test_thresholds_of_the_paper_rule_keep_nine_in_ten_right() -> None:
     assert np.isfinite(limits).all()
     knows_nothing = paper_thresholds(np.random.default_rng(4).normal(size=(300, 6)), labels, np.zeros((300, 3)))
     assert np.isinf(knows_nothing).sum() >= 2 or (knows_nothing > limits.max()).all()
+
+
+def test_a_run_says_that_class_numbers_may_not_mean_the_same() -> None:
+    features, labels = blobs(300, 0)
+    images = Images([f"{row}.png" for row in range(300)], labels, tuple("abc"), lambda _: b"", "csv")
+    settings = Settings("", "", refiner="paper")
+    anchors, classes = blobs(60, 1)
+    assert "warning" not in pipeline.refine(features, images, anchors, classes, settings, {}).notes
+    notes = pipeline.refine(features, images, anchors, (classes + 1) % 3, settings, {}).notes
+    assert notes["warning"].startswith("given labels and nearest prototypes name the same class for ")
 
 
 # ---- trees ----
