@@ -337,10 +337,16 @@ def embed(settings: Settings) -> dict[str, Any]:
 
 def _config(settings: Settings) -> bytes:
     entries = asdict(settings) | {"templates": list(settings.templates)}
-    for name in ("images", "classes", "synthetic", "encoder", "weights"):  # to make the result again from anywhere
-        if entries[name] is not None and Path(entries[name]).exists():
+    for name in ("images", "out", "classes", "synthetic", "encoder", "weights"):  # to make the result from anywhere
+        if entries[name] is not None and (name == "out" or _is_place(entries[name])):
             entries[name] = str(Path(entries[name]).absolute())
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
+
+
+def _is_place(name: str) -> bool:
+    """Whether there is such a file or folder, or one of such a pattern."""
+    path = Path(name)
+    return path.exists() or (path.parent.is_dir() and any(path.parent.glob(path.name)))
 
 
 def write(path: Path, data: bytes) -> None:

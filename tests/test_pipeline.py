@@ -205,6 +205,33 @@ def test_a_saved_config_runs_again_and_options_come_first(
     assert "changed: " in capsys.readouterr().out
 
 
+def test_a_result_can_be_made_again_from_any_folder(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
+    first = ["run", "photos", "--out", "out", "--model", "glyphs", "--per-class", "6", "--refiner", "paper"]
+    assert cli.main([*first, "--workers", "0"]) == 0
+    expected = content(source / "out")
+    assert yaml.safe_load(expected["config.yaml"])["out"] == str(source / "out")
+    (source / "elsewhere").mkdir()
+    monkeypatch.chdir(source / "elsewhere")
+    assert cli.main(["run", "--config", "../out/config.yaml"]) == 0
+    assert cli.main(["report", str(source / "out")]) == 0
+    again = content(source / "out")
+    assert {name for name in expected if again[name] != expected[name]} <= {"summary.json"}
+    assert not content(source / "elsewhere")
+
+
+def test_patterns_of_files_are_recorded_with_their_folder(source: Path) -> None:
+    (source / "shards").mkdir()
+    (source / "shards" / "0.tar").touch()
+    for images, expected in (
+        ("shards/*.tar", str(source / "shards" / "*.tar")),
+        ("nothing/*.tar", "nothing/*.tar"),
+    ):
+        assert yaml.safe_load(pipeline._config(Settings(images, "out")))["images"] == expected
+
+
 def test_foreign_folders_and_class_names_that_lead_out_are_refused(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
