@@ -85,8 +85,9 @@ class Decision:
         odds: Posterior odds of that class against the given one, (N,); 1 where it is the given one.
         reasons: Index into `REASONS`, (N,) int64.
         margin: Odds that a change had to exceed.
-        noise_before: Estimated noise of the given labels.
-        noise_after: Estimated noise after applying this decision.
+        noise_before: Estimated noise of the given labels; NaN where the heads name fewer than half of the held-out
+            synthetic images rightly: what they say of real ones is no estimate then.
+        noise_after: Estimated noise after applying this decision; likewise.
         wrong_changes: Nominal fraction of the changes that are wrong, by the posterior: real and synthetic images
             differ, so read it beside the domain gap; NaN without a change.
         gain: Expected drop of the noise rate by the proposed changes if the head were less sure than it says.
@@ -130,10 +131,10 @@ class Decision:
     def summary(self) -> str:
         """One line for people."""
         count = [int((self.answers == int(answer)).sum()) for answer in Answer]
-        text = (
-            f"keep {count[0]}, change {count[1]}, abstain {count[2]}; "
-            f"estimated noise {self.noise_before:.3f} -> {self.noise_after:.3f}"
-        )
+        noise = "noise not estimated"
+        if not math.isnan(self.noise_before):
+            noise = f"estimated noise {self.noise_before:.3f} -> {self.noise_after:.3f}"
+        text = f"keep {count[0]}, change {count[1]}, abstain {count[2]}; {noise}"
         if not self.harmful:
             return text
         why = "the proposed changes would probably not lower the noise"
@@ -209,6 +210,8 @@ def decide(
     scored = ~skipped
     before = 1 - float(stays[scored].mean()) if bool(scored.any()) else 0.0
     after = 1 - float(kept[scored].mean()) if bool(scored.any()) else 0.0
+    if blind:
+        before = after = math.nan
     wrong = 1 - float(best[changed].mean()) if bool(changed.any()) else float("nan")
     parts: dict[str, Array] = {"answers": answers, "labels": winner, "odds": odds, "reasons": reasons}
     if not isinstance(given, Tensor):

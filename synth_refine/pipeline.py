@@ -62,6 +62,7 @@ FREE = {
     "address",
 }  # settings that a folder of results may be gone on with otherwise
 EMBEDDED = {"features", "features.npy", "given.csv", "classes.yaml", "bad.csv"}  # what `embed` writes
+NOT_ESTIMATED = "not estimated: fewer than half of the held-out synthetic images are recognised"
 NEAREST = 5  # synthetic images shown beside a proposed change
 
 
@@ -483,10 +484,14 @@ def _anchored(
         "margin": best[:, -1] - best[:, -2] if num_classes > 1 else best[:, -1],
         "reason": np.array(REASONS)[np.asarray(decision.reasons)],
     }
+    noise = {
+        name: NOT_ESTIMATED if np.isnan(share) else f"{share:.3f}"
+        for name, share in (("before", decision.noise_before), ("after", decision.noise_after))
+    }
     notes = {
         "held-out synthetic images recognised": f"{posterior.recognised:.3f}",
-        "wrong labels before (estimated)": f"{decision.noise_before:.3f}",
-        "wrong labels after (estimated)": f"{decision.noise_after:.3f}",
+        "wrong labels before (estimated)": noise["before"],
+        "wrong labels after (estimated)": noise["after"],
         "decision": decision.summary(),
     }
     return decided, _shown(limits), sweep(posterior, given), notes

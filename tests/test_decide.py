@@ -1,5 +1,7 @@
 """Keep, change, abstain; thresholds; the do-no-harm check; the row-order guard."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,9 @@ def test_features_that_do_not_tell_the_classes_apart_change_nothing():
     rows, before = [[0.1, 0.9]] * 10, np.zeros(10, dtype=np.int64)
     assert decide(posterior(rows, recognised=0.5), before).apply(before).all()
     kept = decide(posterior(rows, recognised=0.49), before)
+    assert math.isnan(kept.noise_before)
+    assert math.isnan(kept.noise_after)
+    assert kept.summary().startswith("keep 0, change 0, abstain 10; noise not estimated; nothing is changed: ")
     why = "fewer than half of the held-out synthetic images are recognised; try an encoder that knows the classes"
     assert kept.summary().endswith(f"; nothing is changed: {why}")
     forced = decide(posterior(rows, recognised=0.49), before, force=True)

@@ -384,6 +384,19 @@ def test_thresholds_of_the_paper_rule_keep_nine_in_ten_right() -> None:
     assert np.isinf(knows_nothing).sum() >= 2 or (knows_nothing > limits.max()).all()
 
 
+def test_no_noise_is_estimated_where_synthetic_images_are_not_recognised() -> None:
+    rng = np.random.default_rng(0)
+    given, labels = np.arange(40) % 5, np.repeat(np.arange(5), 20)
+    features, anchors = (rng.normal(size=(count, 16)).astype(np.float32) for count in (40, 100))
+    images = Images([f"{row}.png" for row in range(40)], given, tuple("abcde"), lambda _: b"", "csv")
+    refined = pipeline.refine(features, images, anchors, labels, Settings("", ""), {})
+    assert float(refined.notes["held-out synthetic images recognised"]) < 0.5
+    for when in ("before", "after"):
+        assert refined.notes[f"wrong labels {when} (estimated)"].startswith("not estimated: fewer than half of the ")
+    assert "noise not estimated" in refined.notes["decision"]
+    assert all(np.isnan(row.noise_after) for row in refined.sweep)
+
+
 def test_a_run_says_that_class_numbers_may_not_mean_the_same() -> None:
     features, labels = blobs(300, 0)
     images = Images([f"{row}.png" for row in range(300)], labels, tuple("abc"), lambda _: b"", "csv")
