@@ -58,7 +58,7 @@ def _settings(options: argparse.Namespace) -> pipeline.Settings:
 
 
 def _announced(settings: pipeline.Settings) -> pipeline.Settings:
-    """The same, after a word on where the encoder comes from: without a network the hub is tried for about a minute."""
+    """The same, after a word on where the encoder comes from: it may be large and take its time to come."""
     if settings.weights is None and not Path(settings.encoder).exists():
         _say(f"{settings.encoder} is taken from this machine or else from its hub; HF_HUB_OFFLINE=1 never asks a hub")
     return settings

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from synth_refine._check import InputError, check_folder_name
+from synth_refine.encode import UNREACHABLE, hub_or_cache, not_in_cache
 from synth_refine.files import file_hash, make_folder, remove_unfinished, write_atomic
 from synth_refine.images import SUFFIXES
 
@@ -300,14 +301,16 @@ class TextToImage:
             if folder.is_dir():
                 revision = _folder_hash(folder)
             else:
-                fetched = DiffusionPipeline.download(
-                    self.model, revision=self.revision, variant=self.variant, use_safetensors=True
-                )
+                with hub_or_cache(True):
+                    fetched = DiffusionPipeline.download(
+                        self.model, revision=self.revision, variant=self.variant, use_safetensors=True
+                    )
                 folder, revision = Path(fetched), Path(fetched).name
             automatic: Any = AutoPipelineForText2Image
             pipeline = automatic.from_pretrained(folder, variant=self.variant, use_safetensors=True)
         except Exception as error:  # a hub client may raise anything
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = UNREACHABLE if not_in_cache(error) else first
             raise InputError(
                 f"model: {self.model} cannot be had here: {text[:200]}; fetch its folder elsewhere and give its path "
                 f"as --model, or give images that you have as --synthetic"

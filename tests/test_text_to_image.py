@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from synth_refine import InputError, generate
+from synth_refine import InputError, encode, generate
 from synth_refine.files import file_hash
 from synth_refine.generate import Glyphs, Job, TextToImage, generate_images, generator_by_name, render_glyphs
 
@@ -386,3 +386,15 @@ def test_a_model_that_cannot_be_had_says_what_to_give(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match=r"cannot be had here: .*give its path as --model") as caught:
         TextToImage(str(tmp_path)).load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_network_is_looked_for_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(encode, "_hub_answers", lambda: False)
+    why = "model: owner/name cannot be had here: not in the cache, and the hub cannot be reached; fetch its folder"
+    with pytest.raises(InputError, match=why):
+        TextToImage("owner/name").load()
+    assert capfd.readouterr() == ("", "")
