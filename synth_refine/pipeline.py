@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -178,6 +179,7 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
         _lacking(_synthetic(settings.synthetic, images.classes).labels, images)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
+    settings = replace(settings, out=os.path.abspath(settings.out))  # results are the same from any working directory
     out = make_folder("out", settings.out)
     with locked(out):
         _begin(out, settings)
@@ -338,8 +340,8 @@ def embed(settings: Settings) -> dict[str, Any]:
 
 def _config(settings: Settings) -> bytes:
     entries = asdict(settings) | {"templates": list(settings.templates)}
-    for name in ("images", "out", "classes", "synthetic", "encoder", "weights"):  # to make the result from anywhere
-        if entries[name] is not None and (name == "out" or _is_place(entries[name])):
+    for name in ("images", "classes", "synthetic", "encoder", "weights"):  # to make the result again from anywhere
+        if entries[name] is not None and _is_place(entries[name]):
             entries[name] = str(Path(entries[name]).absolute())
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
 
