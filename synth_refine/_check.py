@@ -32,10 +32,23 @@ def check_array(name: str, value: object, shape: tuple[int | str, ...]) -> None:
         raise InputError(f"{name}: expected shape {shape_text(shape)}, got {shape_text(actual) if actual else '()'}")
 
 
+def check_turned(name: str, value: Array, rows: int) -> None:
+    """Refuse a table of which the other inputs show that its rows and columns are exchanged."""
+    if value.shape[0] != rows == value.shape[1]:
+        shape = shape_text(tuple(value.shape))
+        raise InputError(f"{name}: expected shape ({rows}, D), got {shape}, which is transposed")
+
+
 def check_folder_name(name: str, value: str) -> None:
     """Refuse a class name that leads out of the folder that its images go into."""
     if value in ("", ".", "..") or "/" in value or "\0" in value:
         raise InputError(f"{name}: expected names that a folder can have, got {value!r}")
+
+
+def check_threshold(value: object, expected: str = "a number") -> None:
+    """Refuse what is no number from -1 to 1, as scores and probabilities are; NaN, too."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
+        raise InputError(f"threshold: expected {expected} from -1 to 1, got {value!r}")
 
 
 def check_floating(name: str, value: Array) -> None:

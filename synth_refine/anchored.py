@@ -44,6 +44,7 @@ from synth_refine._check import (
     check_array,
     check_floating,
     check_labels,
+    check_turned,
     float_tensor,
     label_tensor,
 )
@@ -194,6 +195,8 @@ def _checked_classes(
 ) -> int:
     """Refuse what does not fit together; the number of classes."""
     check_array("features", features, ("N", "D"))
+    check_array("given", given, ("N",))
+    check_turned("features", features, given.shape[0])
     check_array("given", given, (features.shape[0],))
     check_array("anchors", anchors, ("M", features.shape[1]))
     floating = [("features", features), ("anchors", anchors)]

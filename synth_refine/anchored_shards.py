@@ -61,7 +61,7 @@ from synth_refine.anchored import (
     sharpness,
 )
 from synth_refine.decide import REASONS, RECOGNISED, ROWS_PER_CLASS, SOFTENING, check_row_order, default_margin, winners
-from synth_refine.files import locked, remove_unfinished, write_atomic
+from synth_refine.files import locked, make_folder, remove_unfinished, write_atomic
 from synth_refine.refine import best_classes, chunk_rows
 from synth_refine.scale import (
     FORMAT,
@@ -167,8 +167,7 @@ def anchored_shards(
     synthetic, answers = float_tensor(anchors, torch.float32, cpu), label_tensor(anchor_labels, cpu)
     shards = cut_shards(features, given, None, shard_rows)
     next(read_chunks("features", shards[0].features, 1, synthetic.shape[1]))  # a wrong width fails here
-    root = Path(out)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder("out", out)
     config: dict[str, Any] = {
         "format": FORMAT,
         "refiner": "anchored",

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from synth_refine import __version__
 from synth_refine._check import Array, InputError, check_array
-from synth_refine.files import file_hash, locked, open_plain, read_npy, sync_folder, write_atomic
+from synth_refine.files import file_hash, locked, make_folder, open_plain, read_npy, sync_folder, write_atomic
 from synth_refine.labels import as_labels, check_unique, csv_bytes, labels_hash, read_csv
 
 FORMAT = 1
@@ -233,8 +233,7 @@ def write_artifact(folder: str | os.PathLike[str], artifact: Artifact) -> None:
         InputError: The folder holds something else than an artifact.
         OSError: The folder cannot be written, or another process is writing to it.
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder("folder", folder)
     if not (root / "run.json").exists():
         others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         if others:

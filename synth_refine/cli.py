@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("--seed", type=int, default=0, help="anchored: same seed, same result (%(default)s)")
     refine.add_argument("--force", action="store_true", help="anchored: change labels though it may do harm")
     refine.add_argument("--encoder", default="", help="name and revision, or hash, of the encoder; goes on record")
+    refine.add_argument("--classes", metavar="YAML", help="class names, as embed writes them, for apply --images")
     refine.add_argument("--out", required=True, metavar="FOLDER", help="the artifact")
 
     scale = command("scale", "refine millions of labels shard by shard; started again, it goes on", SCALE)

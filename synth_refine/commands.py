@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import pipeline
-from synth_refine._check import InputError, check_array
+from synth_refine._check import InputError, check_array, check_threshold, check_turned
 from synth_refine.anchored import anchored_posterior
 from synth_refine.anchored_shards import anchored_shards
 from synth_refine.artifact import (
@@ -30,9 +32,9 @@ from synth_refine.artifact import (
     write_artifact,
 )
 from synth_refine.cli import FINE
-from synth_refine.decide import REASONS, Answer, check_row_order, decide, prototype_classes
+from synth_refine.decide import REASONS, Answer, agreement_doubt, check_row_order, decide, prototype_classes
 from synth_refine.export import export
-from synth_refine.files import file_hash, read_npy
+from synth_refine.files import check_folder, file_hash, read_npy
 from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
@@ -41,6 +43,7 @@ from synth_refine.scale import SHARD_ROWS, refine_shards
 from synth_refine.trees import apply_tree, revert_tree
 
 PROBLEM = 1
+ORDER_ROWS = 50_000  # images that are compared with the prototypes, to tell whether labels stand in their order
 
 
 def _settings(options: argparse.Namespace) -> pipeline.Settings:
@@ -55,7 +58,7 @@ def _settings(options: argparse.Namespace) -> pipeline.Settings:
 
 
 def _announced(settings: pipeline.Settings) -> pipeline.Settings:
-    """The same, after a word on where the encoder comes from: without a network the hub is tried for about a minute."""
+    """The same, after a word on where the encoder comes from: it may be large and take its time to come."""
     if settings.weights is None and not Path(settings.encoder).exists():
         _say(f"{settings.encoder} is taken from this machine or else from its hub; HF_HUB_OFFLINE=1 never asks a hub")
     return settings
@@ -82,6 +85,7 @@ def _tell(options: argparse.Namespace, done: pipeline.Summary | dict[str, Any]) 
 
 def _generate(options: argparse.Namespace) -> int:
     options.images = ""
+    check_folder("out", _settings(options).out)
     manifest = pipeline.generate(_settings(options), read_classes(options.classes))
     _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
     return FINE
@@ -93,9 +97,11 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _refine(options: argparse.Namespace) -> int:
+    check_folder("out", options.out)
     features = read_npy("features", options.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(options.given, key=options.key)
+    check_turned("features", features, len(given))
     method = _paper if options.refiner == "paper" else _anchored
     files = ["features", "given", *(("logits", "prototypes") if method is _paper else ("anchors", "anchor_labels"))]
     artifact = record(
@@ -122,12 +128,19 @@ def _refine(options: argparse.Namespace) -> int:
 
 def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
     """What the paper's rule decides, as arguments of `record`."""
+    check_threshold(options.threshold)
     logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in ("logits", "prototypes"))
+    if logits.shape[:1] == given.shape:  # the two against the features, which are then at fault
+        check_array("features", features, (len(given), "D"))
     check_array("logits", logits, (len(features), "C"))
     check_array("given", given, (len(features),))
+    named = _class_names(options, logits.shape[1])
     decision = refine_labels(
         features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
     )
+    some = slice(None, None, -(-len(given) // ORDER_ROWS) or 1)
+    nearest = prototype_classes(features[some], prototypes, np.arange(len(prototypes)), len(prototypes))
+    _doubt(given[some], nearest, len(prototypes))
     undecided = np.asarray(decision.labels) < 0
     return {
         "labels": decision.apply(given),
@@ -135,7 +148,7 @@ def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[n
         "abstained": undecided,
         "confidence": decision.confidence,
         "reason": np.where(undecided, "cannot be scored", "score reaches the threshold"),
-        "settings": {"refiner": "paper", "threshold": options.threshold, "weight": options.weight},
+        "settings": {"refiner": "paper", "threshold": options.threshold, "weight": options.weight, **named},
     }
 
 
@@ -144,7 +157,10 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
     check_array("given", given, (len(features),))
     anchors, anchor_labels, num_classes = _read_anchors(options)
     check_array("anchors", anchors, ("M", features.shape[1]))
-    check_row_order(given, prototype_classes(features, anchors, anchor_labels, num_classes), num_classes)
+    named = _class_names(options, num_classes)
+    nearest = prototype_classes(features, anchors, anchor_labels, num_classes)
+    check_row_order(given, nearest, num_classes)
+    _doubt(given, nearest, num_classes)
     posterior = anchored_posterior(
         features,
         given,
@@ -164,8 +180,18 @@ def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArra
         "confidence": best[:, -1],
         "margin": best[:, -1] - best[:, -2] if num_classes > 1 else best[:, -1],
         "reason": np.array(REASONS)[np.asarray(decision.reasons)],
-        "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force},
+        "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force, **named},
     }
+
+
+def _class_names(options: argparse.Namespace, count: int) -> dict[str, list[str]]:
+    """The entry of class names in an artifact's settings, where there are some."""
+    if options.classes is None:
+        return {}
+    names = list(read_classes(options.classes))
+    if len(names) != count:
+        raise InputError(f"classes: expected {count} names in {options.classes}, got {len(names)}")
+    return {"classes": names}
 
 
 def _read_anchors(options: argparse.Namespace) -> tuple[NDArray[Any], NDArray[np.int64], int]:
@@ -199,6 +225,7 @@ def _scale(options: argparse.Namespace) -> int:
             _say(f"nothing is changed: {done.note}")
         _show({"out": options.out, **asdict(done)})
         return FINE
+    check_threshold(options.threshold)
     summary = refine_shards(
         options.features,
         options.given,
@@ -251,10 +278,24 @@ def _write(
     if Path(options.out).exists() and Path(options.out).samefile(getattr(options, "given", None) or options.labels):
         raise InputError(f"out: expected another file than the labels read, got {options.out}")
     names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
+    _check_free(options.out, labels, names)
     if not options.dry_run:
         write_labels(options.out, labels, names, dtype=labels.dtype)
     _show({"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
+
+
+def _check_free(out: str, labels: NDArray[np.integer[Any]], names: list[str] | None) -> None:
+    """Refuse to write labels over anything else; over the same ones, as a command that is repeated does, is fine."""
+    if Path(out).is_dir():
+        raise InputError(f"out: expected a file to write, got a folder: {out}")
+    if not os.path.lexists(out):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, Path(out).name)
+        write_labels(new, labels, names, dtype=labels.dtype)
+        if not Path(out).is_file() or new.read_bytes() != Path(out).read_bytes():
+            raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds something else")
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -336,6 +377,11 @@ def _counts(artifact: Artifact) -> dict[str, int]:
 
 def _show(result: Mapping[str, object]) -> None:
     print(json.dumps(result))
+
+
+def _doubt(given: NDArray[np.int64], nearest: NDArray[np.int64], num_classes: int) -> None:
+    if text := agreement_doubt(given, nearest, num_classes):
+        _say(f"warning: {text}")
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ TEMPLATES = ("A photo of {}.", "a photo of a {}.", "a picture of a {}.", "a blur
 """Prompts that text prototypes are averaged over; {} is the class name."""
 
 SHARD_ROWS = 4096
+CONNECT_SECONDS = 5  # until the hub counts as unreachable
+UNREACHABLE = "not in the cache, and the hub cannot be reached"
 
 
 class Encoder(Protocol):
@@ -234,22 +237,19 @@ def open_clip_encoder(
         file = _weights_in(folder)
     if file is None and weights is None and not model.startswith("hf-hub:"):
         raise InputError(f"weights: expected a tag or a file for {model!r}, got none")
-    quiet = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it reports "no weights" for those that are loaded a line later
     try:
-        network = open_clip.create_model(
-            name,
-            None if file or is_folder else weights,
-            load_weights=file is None,
-            require_pretrained=file is None,
-            weights_only=True,
-            device="cpu",
-        )
-        tokenizer = open_clip.get_tokenizer(name)
+        with hub_or_cache(model.startswith("hf-hub:") or (file is None and not is_folder)):
+            network = open_clip.create_model(
+                name,
+                None if file or is_folder else weights,
+                load_weights=file is None,
+                require_pretrained=file is None,
+                weights_only=True,
+                device="cpu",
+            )
+            tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # a hub client may raise anything
         raise InputError(_unfetched(model, weights, error)) from error
-    finally:
-        logging.getLogger().setLevel(quiet)
     if file is not None:
         load_weights(network, file, open_clip.load_checkpoint)
     settings = open_clip.get_model_preprocess_cfg(network)
@@ -284,7 +284,8 @@ def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch
     except ImportError as error:
         raise ImportError("timm encoders need timm: pip install timm") from error
     try:
-        network = timm.create_model(model, pretrained=weights is None, num_classes=0)
+        with hub_or_cache(weights is None):
+            network = timm.create_model(model, pretrained=weights is None, num_classes=0)
     except Exception as error:
         raise InputError(_unfetched(model, weights, error)) from error
     if weights is not None:
@@ -404,6 +405,54 @@ def _weights_in(folder: Path) -> Path:
     raise InputError(f"model: expected open_clip_model.safetensors beside open_clip_config.json in {folder}")
 
 
+@contextmanager
+def hub_or_cache(asked: bool) -> Iterator[None]:
+    """Let a library load from the Hugging Face hub, or from the cache alone where the hub cannot be reached.
+
+    It would try for a minute, with a warning for every attempt; those are kept away, and those about "no weights" for
+    weights that are loaded a line later. What goes wrong is raised in any case.
+
+    Args:
+        asked: Whether it may have to ask the hub.
+    """
+    from huggingface_hub import constants
+
+    loggers = [logging.getLogger(name) for name in ("", "huggingface_hub", "diffusers")]
+    before = [logger.level for logger in loggers], constants.HF_HUB_OFFLINE
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        # The same as the environment variable of this name, which is read once, before anybody can know.
+        constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or (asked and not _hub_answers())
+        yield
+    finally:
+        levels, constants.HF_HUB_OFFLINE = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _hub_answers() -> bool:
+    """Whether there is a way to the hub; any answer of it will do."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception:  # a name that is not known, no route, no answer in time, no trust, depending on the client
+        return False
+    return True
+
+
+def not_in_cache(error: BaseException | None) -> bool:
+    """Whether something failed because it is not in the cache and the hub was not, or could not be, asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _unfetched(model: str, weights: object, error: Exception) -> str:
     """What to give where weights could not be had."""
     source = model
@@ -414,9 +463,10 @@ def _unfetched(model: str, weights: object, error: Exception) -> str:
     except ImportError:
         pass
     tag = f" ({weights})" if weights is not None else ""
+    why = UNREACHABLE if not_in_cache(error) else _first_line(error)
     return (
-        f"weights: those of {model}{tag} cannot be had here: {_first_line(error)}; fetch the safetensors file of "
-        f"{source} from the Hugging Face hub elsewhere and give its path as `weights`"
+        f"weights: those of {model}{tag} cannot be had here: {why}; fetch the safetensors file of {source} from the "
+        f"Hugging Face hub elsewhere and give its path as `weights`, or name a local folder as the encoder"
     )
 
 

@@ -314,6 +314,8 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         '{}'
     """
     target = Path(path)
+    if target.is_dir():
+        raise InputError(f"path: expected a file to write, got a folder: {target}")
     if not target.parent.is_dir():
         raise InputError(f"path: expected an existing folder {target.parent} to write {target.name} into, got none")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -327,6 +329,25 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def check_folder(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a place for a folder where a file is in the way.
+
+    Raises:
+        InputError: The place itself, or one above it, is something else than a folder.
+    """
+    place = Path(path).absolute()
+    there = next((one for one in (place, *place.parents) if os.path.lexists(one)), place)
+    if os.path.lexists(there) and not there.is_dir():
+        raise InputError(f"{name}: expected a folder, got {'a file' if there.is_file() else 'no folder'}: {there}")
+
+
+def make_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is missing, with those above it; see `check_folder`."""
+    check_folder(name, path)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:

@@ -25,7 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from synth_refine._check import InputError, check_folder_name
-from synth_refine.files import file_hash, remove_unfinished, write_atomic
+from synth_refine.encode import UNREACHABLE, hub_or_cache, not_in_cache
+from synth_refine.files import file_hash, make_folder, remove_unfinished, write_atomic
+from synth_refine.images import SUFFIXES
 
 SDXL_TURBO = "stabilityai/sdxl-turbo"
 TEMPLATES = ("A photo of {category}.",)
@@ -299,14 +301,16 @@ class TextToImage:
             if folder.is_dir():
                 revision = _folder_hash(folder)
             else:
-                fetched = DiffusionPipeline.download(
-                    self.model, revision=self.revision, variant=self.variant, use_safetensors=True
-                )
+                with hub_or_cache(True):
+                    fetched = DiffusionPipeline.download(
+                        self.model, revision=self.revision, variant=self.variant, use_safetensors=True
+                    )
                 folder, revision = Path(fetched), Path(fetched).name
             automatic: Any = AutoPipelineForText2Image
             pipeline = automatic.from_pretrained(folder, variant=self.variant, use_safetensors=True)
         except Exception as error:  # a hub client may raise anything
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = UNREACHABLE if not_in_cache(error) else first
             raise InputError(
                 f"model: {self.model} cannot be had here: {text[:200]}; fetch its folder elsewhere and give its path "
                 f"as --model, or give images that you have as --synthetic"
@@ -339,9 +343,18 @@ def generator_by_name(
     device: torch.device | str = "cpu",
     batch_size: int = 8,
 ) -> Generator:
-    """`TextToImage` for a model's name or folder, 512 pixels by default; `Glyphs` for "glyphs", 32 by default."""
+    """`TextToImage` for a model's name or folder, 512 pixels by default; `Glyphs` for "glyphs", 32 by default.
+
+    Raises:
+        InputError: A name that is neither "glyphs" nor "owner/name", as all models of diffusers on the hub are called,
+            nor a folder; or a number out of range.
+    """
     if model == "glyphs":
         return Glyphs(32 if size is None else size)
+    if "/" not in model and not (model and Path(model).is_dir()):
+        raise InputError(
+            f"model: expected glyphs, a name on the hub as owner/name, such as {SDXL_TURBO}, or a folder, got {model!r}"
+        )
     return TextToImage(
         model,
         revision=revision,
@@ -386,7 +399,7 @@ def generate_images(
         The manifest: JSON lines of file, class, prompt, seed, model, revision and sha256, sorted by class and index.
 
     Raises:
-        InputError: An argument is out of range, or the folder was begun with other settings or holds other images.
+        InputError: An argument is out of range, or the folder was begun with other settings or holds something else.
         OSError: The folder cannot be written.
     """
     categories = dict(classes) if isinstance(classes, Mapping) else {name: name for name in classes}
@@ -408,7 +421,7 @@ def generate_images(
     root = Path(folder)
     done: dict[str, dict[str, Any]] = {}
     if share.first:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder("folder", root)
         _begin(root, {**about, "generator": generator.about}, jobs)
     share.wait()
     done = _finished(root, generator.about["model"], jobs)
@@ -474,11 +487,14 @@ def _begin(root: Path, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
                 f"folder: expected the settings that {root} was begun with, got another {name}: "
                 f"{json.dumps(settings.get(name))[:80]} for {json.dumps(before.get(name))[:80]}; take another folder"
             )
+    elif other := next((path for path in sorted(root.iterdir()) if not path.name.startswith(".")), None):
+        raise InputError(
+            f"folder: expected a new or empty one, or what generate began there, but {root} holds {other.name}; "
+            "take another folder"
+        )
     ours = {job.file for job in jobs}
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and (
-            path.relative_to(root).as_posix() not in ours or not place.exists()
-        ):
+        if path.suffix.lower() in SUFFIXES and path.relative_to(root).as_posix() not in ours:
             raise InputError(
                 f"folder: expected images of this set alone in {root}, got {path.name}; take another folder"
             )

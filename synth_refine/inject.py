@@ -24,6 +24,7 @@ from torch import Tensor
 from synth_refine._check import Array, InputError, check_array
 from synth_refine._stores import (
     ITEM_KEYS,
+    AttributeStore,
     ColumnStore,
     IdKind,
     Labelled,
@@ -43,6 +44,7 @@ __all__ = [
     "Labelled",
     "LengthMismatch",
     "NotInjected",
+    "OrderWarning",
     "Report",
     "Stale",
     "StaleWarning",
@@ -73,6 +75,10 @@ class NotInjected(InputError):
 
 class StaleWarning(UserWarning):
     """Something that was computed from the old labels outlives them."""
+
+
+class OrderWarning(UserWarning):
+    """Nothing but their number says that labels belong to the files of a folder."""
 
 
 class EmptiedClassWarning(UserWarning):
@@ -147,6 +153,7 @@ def inject(
 
     Warns:
         EmptiedClassWarning: A class has lost its last image.
+        OrderWarning: The dataset is a folder of files, and neither `ids` nor `base` nor an artifact tells their order.
         StaleWarning: With `on_stale="warn"`.
     """
     if fill not in ("error", "keep") or on_stale not in ("error", "warn"):
@@ -156,13 +163,24 @@ def inject(
     rows = _rows(places, labels, ids, fill)
     after = _target(labels, before, rows)
     for leaf in places.datasets:
-        as_labels("labels", after, num_classes or _num_classes(labels, leaf))
+        known = num_classes or _num_classes(labels, leaf)
+        as_labels("labels", after, known)
+        if known is None and not places.wrapped:  # in a few items of a subset classes come and go
+            _check_counted_from_0(before, after)
     _check_base(before, after, rows, labels, base)
 
     changed = np.flatnonzero(before != after)
     lost = np.setdiff1d(before, after)
     if lost.size:
         warnings.warn(f"labels: no image is left in class {_shown(lost)}", EmptiedClassWarning, stacklevel=2)
+    named = ids is not None or base is not None or isinstance(labels, Artifact | Refinement)
+    if changed.size and not named and any(_of_files(store) for store in places.stores):
+        warnings.warn(
+            "labels: without ids they are taken to stand in the order of the dataset's `samples`, which is that of the "
+            "sorted paths; pass ids to be sure",
+            OrderWarning,
+            stacklevel=2,
+        )
     stale = _stale(places.datasets, caches) if changed.size else ()
     if stale:
         text = f"dataset: {'; '.join(stale)} came from the old labels; recompute or delete what the training reads"
@@ -295,6 +313,21 @@ def _check_base(
             f"item {first} with {before[first]} for {given[rows[first]]}; is the order another, or does the dataset "
             "add noise?"
         )
+
+
+def _check_counted_from_0(before: NDArray[np.int64], after: NDArray[np.int64]) -> None:
+    """Refuse labels from 1 to C where the dataset's are 0 to C - 1 and nothing else says how many classes there are."""
+    classes = np.unique(before)
+    if classes.size and classes[0] == 0 and np.array_equal(np.unique(after), classes + 1):
+        high = int(classes[-1])
+        raise InputError(
+            f"labels: expected classes from 0 to {high}, as the dataset has them, got 1 to {high + 1}: are they "
+            "counted from 1? If they are right, pass num_classes"
+        )
+
+
+def _of_files(store: Any) -> bool:
+    return isinstance(store, AttributeStore) and store.name == "samples"
 
 
 def _num_classes(labels: Any, dataset: Any) -> int | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,13 +29,14 @@ import yaml
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from synth_refine._check import InputError
+from synth_refine._check import InputError, check_threshold
 from synth_refine.anchored import FOLDS, anchored_posterior, fit_head, standardised
 from synth_refine.artifact import Artifact, record, write_artifact
 from synth_refine.decide import (
     REASONS,
     Answer,
     SweepRow,
+    agreement_doubt,
     calibrate_thresholds,
     check_row_order,
     decide,
@@ -43,8 +45,8 @@ from synth_refine.decide import (
     sweep,
 )
 from synth_refine.encode import Encoder, encoder_by_name
-from synth_refine.files import locked, open_plain, remove_unfinished, write_atomic
-from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, generate_images, generator_by_name
+from synth_refine.files import check_folder, locked, make_folder, open_plain, remove_unfinished, write_atomic
+from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, Generator, generate_images, generator_by_name
 from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
 from synth_refine.labels import csv_bytes
 from synth_refine.on_ray import check_engine
@@ -61,6 +63,7 @@ FREE = {
     "address",
 }  # settings that a folder of results may be gone on with otherwise
 EMBEDDED = {"features", "features.npy", "given.csv", "classes.yaml", "bad.csv"}  # what `embed` writes
+NOT_ESTIMATED = "not estimated: fewer than half of the held-out synthetic images are recognised"
 NEAREST = 5  # synthetic images shown beside a proposed change
 
 
@@ -170,12 +173,14 @@ def run(settings: Settings, *, dry_run: bool = False) -> Summary | dict[str, Any
     images = open_images(settings.images, list(classes) if classes else None)
     encoder = _encoder(settings)
     _check_outside(settings)
-    if settings.synthetic is not None:
-        _lacking(open_images(settings.synthetic, images.classes).labels, images)
+    if settings.synthetic is None:
+        _generator(settings)
+    else:
+        _lacking(_synthetic(settings.synthetic, images.classes).labels, images)
     if dry_run:
         return {**asdict(settings), "classes": list(images.classes), "count": len(images.ids), "written": False}
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    settings = replace(settings, out=os.path.abspath(settings.out))  # results are the same from any working directory
+    out = make_folder("out", settings.out)
     with locked(out):
         _begin(out, settings)
         return _run(out, settings, images, classes, encoder)
@@ -206,7 +211,7 @@ def _run(out: Path, settings: Settings, images: Images, classes: Mapping[str, st
     if source is None:
         categories = classes if classes is not None else {name: name for name in images.classes}
         source = str(generate(replace(settings, out=str(out / "synthetic")), categories).parent)
-    synthetic = open_images(source, images.classes)
+    synthetic = _synthetic(source, images.classes)
     features, bad = _features(encoder, images, out, settings, "images", hashes)
     anchors, unfit = _features(encoder, synthetic, out, settings, "synthetic images")
     reasons = [bad[row] for row in sorted(bad)] + [unfit[row] for row in sorted(unfit)]
@@ -236,9 +241,28 @@ def _run(out: Path, settings: Settings, images: Images, classes: Mapping[str, st
     return summary
 
 
+def _synthetic(source: str, classes: Sequence[str]) -> Images:
+    """`open_images` for synthetic images, which errors name as such."""
+    try:
+        return open_images(source, classes)
+    except InputError as error:
+        raise InputError(f"synthetic: {str(error).removeprefix('images: ')}") from error
+
+
 def generate(settings: Settings, categories: Mapping[str, str]) -> Path:
     """Draw the synthetic images of classes, with what prompts call them, into the folder `out`; the manifest."""
-    generator = generator_by_name(
+    return generate_images(
+        settings.out,
+        categories,
+        _generator(settings),
+        per_class=settings.per_class,
+        templates=settings.templates,
+        seed=settings.seed,
+    )
+
+
+def _generator(settings: Settings) -> Generator:
+    return generator_by_name(
         settings.model,
         steps=settings.steps,
         guidance=settings.guidance,
@@ -246,14 +270,6 @@ def generate(settings: Settings, categories: Mapping[str, str]) -> Path:
         revision=settings.revision,
         device=settings.device,
         batch_size=settings.batch_size,
-    )
-    return generate_images(
-        settings.out,
-        categories,
-        generator,
-        per_class=settings.per_class,
-        templates=settings.templates,
-        seed=settings.seed,
     )
 
 
@@ -311,7 +327,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     begun = set(there) <= EMBEDDED and next(out.glob("features/features-*/manifest.json"), None) is not None
     if there and not begun:
         raise InputError(f"out: expected a new or empty folder, or what embed began there, but {out} holds {there[0]}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("out", out)
     features, bad = _features(encoder, images, out, settings, "images")
     with write_atomic(out / "features.npy") as file:
         np.save(file, features, allow_pickle=False)
@@ -325,9 +341,15 @@ def embed(settings: Settings) -> dict[str, Any]:
 def _config(settings: Settings) -> bytes:
     entries = asdict(settings) | {"templates": list(settings.templates)}
     for name in ("images", "classes", "synthetic", "encoder", "weights"):  # to make the result again from anywhere
-        if entries[name] is not None and Path(entries[name]).exists():
+        if entries[name] is not None and _is_place(entries[name]):
             entries[name] = str(Path(entries[name]).absolute())
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
+
+
+def _is_place(name: str) -> bool:
+    """Whether there is such a file or folder, or one of such a pattern."""
+    path = Path(name)
+    return path.exists() or (path.parent.is_dir() and any(path.parent.glob(path.name)))
 
 
 def write(path: Path, data: bytes) -> None:
@@ -339,11 +361,8 @@ def write(path: Path, data: bytes) -> None:
 def _check(settings: Settings) -> None:
     if settings.refiner not in ("anchored", "paper"):
         raise InputError(f"refiner: expected anchored or paper, got {settings.refiner!r}")
-    number = isinstance(settings.threshold, int | float) and not isinstance(settings.threshold, bool)
-    if not (settings.threshold == "auto" or number):
-        raise InputError(f"threshold: expected auto or a number, got {settings.threshold!r}")
-    if number and not -1 <= float(settings.threshold) <= 1:  # of a score or a probability; NaN is refused, too
-        raise InputError(f"threshold: expected auto or a number from -1 to 1, got {settings.threshold!r}")
+    if settings.threshold != "auto":
+        check_threshold(settings.threshold, "auto or a number")
     for name in ("per_class", "steps", "batch_size"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}: expected 1 or more, got {getattr(settings, name)}")
@@ -353,6 +372,7 @@ def _check(settings: Settings) -> None:
     if settings.seed < 0 or settings.workers < 0:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
     check_engine(settings.engine)
+    check_folder("out", settings.out)
     if settings.engine == "local" and settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
 
@@ -409,10 +429,11 @@ def refine(
     count = len(images.classes)
     _lacking(anchor_labels, images)
     good = np.isfinite(features).all(axis=1)
-    order = check_row_order(
-        images.labels[good], prototype_classes(features[good], anchors, anchor_labels, count), count, seed=settings.seed
-    )
+    nearest = prototype_classes(features[good], anchors, anchor_labels, count)
+    order = check_row_order(images.labels[good], nearest, count, seed=settings.seed)
     notes = {"agreement of given labels and prototypes": f"{order.agreement:.3f}"}
+    if doubt := agreement_doubt(images.labels[good], nearest, count):
+        notes["warning"] = doubt
     if min(good.sum(), len(anchors)) >= 4:
         notes["domain gap (0.5 or less none, 1 full)"] = f"{domain_gap(features[good], anchors):.3f}"
     method = _anchored if settings.refiner == "anchored" else _paper
@@ -465,10 +486,14 @@ def _anchored(
         "margin": best[:, -1] - best[:, -2] if num_classes > 1 else best[:, -1],
         "reason": np.array(REASONS)[np.asarray(decision.reasons)],
     }
+    noise = {
+        name: NOT_ESTIMATED if np.isnan(share) else f"{share:.3f}"
+        for name, share in (("before", decision.noise_before), ("after", decision.noise_after))
+    }
     notes = {
         "held-out synthetic images recognised": f"{posterior.recognised:.3f}",
-        "wrong labels before (estimated)": f"{decision.noise_before:.3f}",
-        "wrong labels after (estimated)": f"{decision.noise_after:.3f}",
+        "wrong labels before (estimated)": noise["before"],
+        "wrong labels after (estimated)": noise["after"],
         "decision": decision.summary(),
     }
     return decided, _shown(limits), sweep(posterior, given), notes

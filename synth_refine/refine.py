@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine._check import Array, ArrayT, InputError, check_array, check_floating, check_labels, float_tensor
+from synth_refine._check import (
+    Array,
+    ArrayT,
+    InputError,
+    check_array,
+    check_floating,
+    check_labels,
+    check_turned,
+    float_tensor,
+)
 
 CHUNK_ELEMENTS = 1 << 21
 """Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache. No more
@@ -116,6 +125,8 @@ def refine_labels(
         [0, 1]
     """
     check_array("features", features, ("N", "D"))
+    check_array("logits", logits, ("N", "C"))
+    check_turned("features", features, logits.shape[0])
     check_array("logits", logits, (features.shape[0], "C"))
     check_array("prototypes", prototypes, (logits.shape[1], features.shape[1]))
     for name, value in (("features", features), ("logits", logits), ("prototypes", prototypes)):

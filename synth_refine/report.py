@@ -31,7 +31,7 @@ from tqdm import tqdm
 from synth_refine._check import InputError, check_array, check_labels
 from synth_refine.artifact import Artifact, WrongBase, WrongIds, record
 from synth_refine.decide import SweepRow
-from synth_refine.files import file_hash, write_atomic
+from synth_refine.files import file_hash, make_folder, write_atomic
 from synth_refine.labels import check_unique, read_csv
 from synth_refine.prototypes import Quality
 
@@ -111,8 +111,7 @@ def write_report(review: Review, folder: str | os.PathLike[str], title: str = "R
         OSError: The folder cannot be written.
     """
     _check(review)
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder("folder", folder)
     rows = _rows(review)
     pictures = _Pictures(root / "thumbnails")
     data = _data(review, rows, pictures)

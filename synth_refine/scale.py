@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from synth_refine._check import Array, InputError, check_array, check_floating, check_labels, float_tensor
 from synth_refine.artifact import versions
-from synth_refine.files import file_hash, locked, read_npy, remove_unfinished, write_atomic
+from synth_refine.files import file_hash, locked, make_folder, read_npy, remove_unfinished, write_atomic
 from synth_refine.on_ray import check_engine, on_cluster
 from synth_refine.refine import Refinement, chunk_rows, class_thresholds, prototype_directions, score_rows
 
@@ -169,8 +169,7 @@ def refine_shards(
     shards = cut_shards(features, given, logits, shard_rows)
     _check_width(shards[0], rule)
     config = _config(rule, shards)
-    root = Path(out)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder("out", out)
     with locked(root):
         settle_config(root, config)
         return write_shards(root, shards, config, partial(refine_shard, rule), engine, address, progress)

@@ -28,7 +28,8 @@ def apply_tree(
     """Write the images of a folder per class, or the rows of a .csv table, with their refined labels.
 
     Args:
-        artifact: From `synth_refine.pipeline.run`, or what the decisions of people left of it.
+        artifact: From `synth_refine.pipeline.run`, or with ids and class names in its settings, or what the
+            decisions of people left of one.
         source: The folder or the table that was refined.
         out: The folder or the table to write, which must not exist. It appears whole or not at all. Of a folder, only
             the images are in it. A table goes beside the old one, since the paths in it are relative.
@@ -109,15 +110,16 @@ def _write(
         raise InputError(f"out: expected an existing folder {new.parent} to write {new.name} into, got none")
     if old.is_file() and old.suffix == ".csv":
         return _write_table(artifact, old, new, dry_run, undo)
-    if not old.is_dir() or artifact.run["settings"].get("source") != "folder":
+    ids, classes = _ids(artifact), _classes(artifact)
+    found = open_images(old, classes) if old.is_dir() else None
+    if found is None or {found.kind, artifact.run["settings"].get("source", "folder")} != {"folder"}:
         raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
     if new.resolve().is_relative_to(old.resolve()):
         raise InputError(f"out: expected a folder outside {old}, got {new}")
-    before, after = _ids(artifact), new_places(artifact)
+    before, after = ids, new_places(artifact)
     if undo:
         before, after = after, before
-    found = open_images(old, _classes(artifact))
-    back = dict(zip(before, _ids(artifact), strict=True))
+    back = dict(zip(before, ids, strict=True))
     names = [back.get(one, one) for one in found.ids]
     artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
     _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
@@ -133,7 +135,7 @@ def _write(
             os.link(os.path.realpath(old / here), target)  # of the image, where a symbolic link leads to it
         else:
             shutil.copy2(old / here, target)
-    for name in _classes(artifact):
+    for name in classes:
         if (old / name).is_dir():
             (partial / name).mkdir(exist_ok=True)  # a class that lost all its images
     os.sync()  # the files before the name that says that they are there
@@ -162,14 +164,20 @@ def _write_table(artifact: Artifact, old: Path, new: Path, dry_run: bool, undo: 
 
 def _ids(artifact: Artifact) -> list[str]:
     if artifact.ids is None:
-        raise InputError("artifact: expected one with ids, as `synth-refine run` writes it, got row numbers")
+        raise InputError(
+            "artifact: expected one with ids, of `run`, or of `refine` with the given.csv that `embed` wrote, got row "
+            "numbers; use it on the label file instead of the images"
+        )
     return artifact.ids
 
 
 def _classes(artifact: Artifact) -> list[str]:
     classes = artifact.run["settings"].get("classes")
     if not isinstance(classes, list) or len(classes) != artifact.num_classes:
-        raise InputError("artifact: expected one with class names, as `synth-refine run` writes it, got none")
+        raise InputError(
+            "artifact: expected one with class names, of `run`, or of `refine` with the classes.yaml that `embed` "
+            "wrote as --classes, got none; use it on the label file instead of the images"
+        )
     names = [str(name) for name in classes]
     for name in names:
         check_folder_name("artifact", name)

@@ -212,6 +212,7 @@ def test_inputs_are_left_as_they_are():
     ("change", "message"),
     [
         ({"features": np.zeros((3,), np.float32)}, r"features: expected shape \(N, D\), got \(3,\)"),
+        ({"features": np.zeros((8, 60), np.float32)}, r"features: expected shape \(60, D\), got \(8, 60\), which"),
         ({"features": np.zeros((60, 8), int)}, "features: expected floating-point numbers, got int64"),
         ({"features": np.zeros((0, 8), np.float32), "given": np.zeros(0, int)}, "features: expected at least one row"),
         ({"given": np.zeros(5, int)}, r"given: expected shape \(60,\), got \(5,\)"),

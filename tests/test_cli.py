@@ -175,6 +175,21 @@ def test_nothing_that_is_needed_to_revert_is_overwritten(refined: Path, capsys: 
     assert files(refined) == before
 
 
+def test_labels_are_not_written_over_anything_else(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.csv").write_text("mine\n")
+    np.save("true.npy", np.arange(COUNT))
+    before = files(refined)
+    for command, option, name in (("apply", "--given", "given.npy"), ("revert", "--labels", "labels.npy")):
+        for out in ("notes.csv", "true.npy", "prototypes.npy"):
+            for more in ([], ["--dry-run"]):
+                assert cli.main([command, "refined", option, name, "--out", out, *more]) == 3
+                message = f"out: expected a new file, or one of the same labels, but {out} holds something else"
+                assert capsys.readouterr().err == f"synth-refine: {message}\n"
+    for arguments in example("apply"):  # the same again
+        assert cli.main(arguments) == 0
+    assert files(refined) == before
+
+
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_dry_run_writes_nothing(command: str, refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(refined)
@@ -271,9 +286,11 @@ def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
     ("name", "array", "message"),
     [
         ("features.npy", np.zeros((COUNT, 8), int), "features: expected floats, but features.npy holds int64"),
-        ("features.npy", np.zeros((5, 8)), r"logits: expected shape (5, C), got (60, 3)"),
+        ("features.npy", np.zeros((5, 8)), "features: expected shape (60, D), got (5, 8)"),
+        ("features.npy", np.zeros((8, COUNT)), "features: expected shape (60, D), got (8, 60), which is transposed"),
         ("features.npy", np.zeros(8), "features: expected shape (N, D), got (8,)"),
         ("logits.npy", np.zeros(3), "logits: expected shape (60, C), got (3,)"),
+        ("logits.npy", np.zeros((5, 3)), "logits: expected shape (60, C), got (5, 3)"),
         ("prototypes.npy", np.zeros((3, 8)), "prototypes: expected a finite, non-zero row per class"),
         ("prototypes.npy", np.zeros((3, 9)), "prototypes: expected shape (3, 8), got (3, 9)"),
         ("given.npy", np.zeros(5, int), "given: expected shape (60,), got (5,)"),
@@ -293,6 +310,15 @@ def test_bad_input_is_one_line_and_code_3(
     assert not Path("refined").exists()
 
 
+@pytest.mark.parametrize("command", ["refine", "scale"])
+def test_a_threshold_that_no_score_has_is_refused(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*example(command)[0], "--threshold", "7"]) == 3
+    assert capsys.readouterr().err == "synth-refine: threshold: expected a number from -1 to 1, got 7.0\n"
+    assert not list(folder.glob("refined*"))
+
+
 def test_what_cannot_be_scored_is_counted_or_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = np.load("features.npy")
     features[7] = np.nan
@@ -303,6 +329,23 @@ def test_what_cannot_be_scored_is_counted_or_refused(folder: Path, capsys: pytes
         '7,2,2,"abstain","","","cannot be scored"'
     ]
     assert cli.main([*example("refine")[0], "--strict"]) == 3
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_labels_in_another_order_and_other_class_numbers_are_warned_of(
+    number: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = example("refine")[number]
+    assert cli.main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    if number == 0:
+        np.save("given.npy", np.random.default_rng(0).permutation(np.load("given.npy")))
+    else:
+        np.save("synthetic_labels.npy", (np.load("synthetic_labels.npy") + 1) % 3)
+    assert cli.main([*command[:-1], "other"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1
+    assert "is the order of the rows the same, do the class numbers mean the same" in warned[0]
 
 
 def test_an_emptied_class_is_mentioned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,9 +443,30 @@ def test_what_is_in_the_way_is_reported(refined: Path, capsys: pytest.CaptureFix
     Path("file").touch()
     Path("other").mkdir()
     Path("other/notes.txt").touch()
-    for out, message in {"file": "File exists", "other": "expected an artifact or an empty folder"}.items():
+    Path("classes.yaml").write_text("- A\n- B\n")
+    for out, message in {
+        "file": f"out: expected a folder, got a file: {Path('file').absolute()}\n",
+        "file/below": f"out: expected a folder, got a file: {Path('file').absolute()}\n",
+        "other": "folder: expected an artifact or an empty folder",
+    }.items():
         assert cli.main([*example("refine")[0][:-1], out]) == 3
-        assert message in capsys.readouterr().err
+        assert f"synth-refine: {message}" in capsys.readouterr().err
+    for command in (
+        [*example("refine")[0][:-2], "--dry-run"],
+        example("scale")[0][:-2],
+        example("scale")[2][:-2],
+        ["run", "photos"],
+        ["embed", "photos"],
+        ["generate", "--classes", "classes.yaml", "--model", "glyphs"],
+    ):
+        assert cli.main([*command, "--out", "file"]) == 3
+        assert capsys.readouterr().err.endswith(f": out: expected a folder, got a file: {Path('file').absolute()}\n")
+    for command in (["apply", "refined", "--given", "given.npy"], ["revert", "refined", "--labels", "labels.npy"]):
+        for more in ([], ["--dry-run"]):
+            assert cli.main([*command, "--out", "other", *more]) == 3
+            assert capsys.readouterr().err == "synth-refine: out: expected a file to write, got a folder: other\n"
+    assert cli.main(["export", "refined", "--format", "jsonl", "--out", "other"]) == 3
+    assert capsys.readouterr().err == "synth-refine: path: expected a file to write, got a folder: other\n"
     assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "no/where.npy"]) == 3
     assert cli.main(["apply", "refined", "--given", "given.npy", "--out", "labels.txt"]) == 3
 

@@ -1,5 +1,7 @@
 """Keep, change, abstain; thresholds; the do-no-harm check; the row-order guard."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from synth_refine.anchored import Posterior, anchored_posterior
 from synth_refine.decide import (
     REASONS,
     Answer,
+    agreement_doubt,
     calibrate_thresholds,
     check_row_order,
     decide,
@@ -109,6 +112,9 @@ def test_features_that_do_not_tell_the_classes_apart_change_nothing():
     rows, before = [[0.1, 0.9]] * 10, np.zeros(10, dtype=np.int64)
     assert decide(posterior(rows, recognised=0.5), before).apply(before).all()
     kept = decide(posterior(rows, recognised=0.49), before)
+    assert math.isnan(kept.noise_before)
+    assert math.isnan(kept.noise_after)
+    assert kept.summary().startswith("keep 0, change 0, abstain 10; noise not estimated; nothing is changed: ")
     why = "fewer than half of the held-out synthetic images are recognised; try an encoder that knows the classes"
     assert kept.summary().endswith(f"; nothing is changed: {why}")
     forced = decide(posterior(rows, recognised=0.49), before, force=True)
@@ -220,6 +226,27 @@ def test_labels_of_another_order_or_data_set_are_refused(count, classes, way):
     }[way]
     with pytest.raises(InputError, match="given: expected labels of these images in this order"):
         check_row_order(wrong, opinion, classes)
+
+
+@pytest.mark.parametrize(("count", "classes", "wrong"), [(45_000, 100, 0.74), (45_000, 10, 0.7), (1_000, 10, 0.7)])
+def test_agreement_by_chance_is_doubted_and_noise_is_not(count, classes, wrong):
+    given, opinion = noisy(count, classes, 0.7, wrong)
+    assert agreement_doubt(given, opinion, classes) == ""
+    assert agreement_doubt(given[: 20 * classes - 1], opinion[::-1][: 20 * classes - 1], classes) == ""  # too few
+    for other in (opinion[::-1], classes - 1 - opinion, np.random.default_rng(1).permutation(opinion)):
+        doubt = agreement_doubt(given, other, classes)
+        assert doubt.startswith("given labels and nearest prototypes name the same class for ")
+        assert "\n" not in doubt
+
+
+def test_chance_is_that_of_shuffled_rows():
+    rng = np.random.default_rng(0)
+    given, opinion = rng.choice(5, 2_000, p=[0.6, 0.1, 0.1, 0.1, 0.1]), rng.choice(5, 2_000, p=[0.5, 0.3, 0.1, 0.1, 0])
+    shuffled = [int((rng.permutation(given) == opinion).sum()) for _ in range(500)]
+    score = ((given == opinion).sum() - np.mean(shuffled)) / np.std(shuffled)
+    told = float(agreement_doubt(given, opinion, 5).split("(")[1].split()[0])
+    assert abs(told - score) < 0.3
+    assert agreement_doubt(np.zeros(500, int), np.arange(500) % 5, 5) == ""  # nothing varies
 
 
 def test_too_few_rows_or_one_class_are_never_refused():

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from synth_refine import InputError
+from synth_refine import InputError, encode
 from synth_refine.encode import (
     Preprocess,
     TorchEncoder,
@@ -230,6 +235,7 @@ def test_weights_that_cannot_be_fetched_are_named_in_one_line(monkeypatch: pytes
         raise OSError("no route to the hub\nand many more lines")
 
     monkeypatch.setattr("open_clip.factory.download_pretrained", unreachable)
+    monkeypatch.setattr(encode, "_hub_answers", lambda: True)
     with pytest.raises(
         InputError, match=r"weights: those of ViT-L-14 \(openai\) cannot be had here: .*no route"
     ) as caught:
@@ -237,6 +243,54 @@ def test_weights_that_cannot_be_fetched_are_named_in_one_line(monkeypatch: pytes
     assert "\n" not in str(caught.value)
     assert "timm/vit_large_patch14_clip_224.openai" in str(caught.value)
     assert "give its path as `weights`" in str(caught.value)
+
+
+def test_without_a_network_the_cache_is_asked_and_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    requests: list[Any] = []
+    get = huggingface_hub.get_session
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: requests.append(None) or get())
+    levels = [logging.getLogger(name).level for name in ("", "huggingface_hub")]
+    for make, source in (
+        (lambda: timm_encoder("test_resnet.r160_in1k"), "test_resnet.r160_in1k"),
+        (lambda: open_clip_encoder("ViT-L-14", "openai"), r"ViT-L-14 \(openai\)"),
+        (lambda: open_clip_encoder("hf-hub:somebody/something"), "hf-hub:somebody/something"),
+    ):
+        requests.clear()
+        why = f"weights: those of {source} cannot be had here: not in the cache, and the hub cannot be reached; fetch"
+        with pytest.raises(InputError, match=why) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+        assert len(requests) == 1
+    assert capfd.readouterr() == ("", "")
+    assert not constants.HF_HUB_OFFLINE
+    assert levels == [logging.getLogger(name).level for name in ("", "huggingface_hub")]
+
+
+def test_a_hub_that_answers_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with encode.hub_or_cache(True):
+            assert not constants.HF_HUB_OFFLINE
+        server.shutdown()
+    with encode.hub_or_cache(True):
+        assert constants.HF_HUB_OFFLINE
+    with encode.hub_or_cache(False):
+        assert not constants.HF_HUB_OFFLINE
 
 
 def test_model_and_weights_must_be_known(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from synth_refine.inject import (
     EmptiedClassWarning,
     LengthMismatch,
     NotInjected,
+    OrderWarning,
     Stale,
     StaleWarning,
     inject,
@@ -45,6 +46,7 @@ def shape(request: pytest.FixtureRequest) -> str:
 def ignoring_stale() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StaleWarning)
+        warnings.simplefilter("ignore", OrderWarning)
         yield
 
 
@@ -168,7 +170,8 @@ def test_a_wrong_length_is_refused(shape: str, tmp_path: Path, wrong: int) -> No
 def test_image_folder_has_three_lists_and_all_are_written(tmp_path: Path) -> None:
     dataset = shapes.image_folder(tmp_path / "images", given_labels())
     given = np.array(dataset.targets)
-    report = inject(dataset, refined_labels(given))
+    with ignoring_stale():
+        report = inject(dataset, refined_labels(given))
     assert report.written == ("samples", "imgs", "targets")
     assert dataset.samples is dataset.imgs
     assert dataset.targets == [label for _, label in dataset.samples] == refined_labels(given).tolist()
@@ -298,6 +301,36 @@ def test_an_emptied_class_is_named() -> None:
     given = given_labels()
     with pytest.warns(EmptiedClassWarning, match="labels: no image is left in class 3"):
         inject(shapes.LraCifar(given), np.where(given == 3, 0, given))
+
+
+def test_labels_for_files_without_ids_are_warned_of(tmp_path: Path) -> None:
+    given = given_labels()
+    refined = refined_labels(np.sort(given))
+    dataset = shapes.image_folder(tmp_path / "images", given)
+    with pytest.warns(OrderWarning, match="in the order of the dataset's `samples`, .*; pass ids to be sure") as caught:
+        report = inject(dataset, refined)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    base = np.array(report.revert().targets)
+    cases: list[tuple[Any, Any]] = [(refined, {"base": base}), (record(base, refined), {})]  # these tell the order
+    for labels, more in [*cases, (base, {})]:  # and where nothing changes it does not matter
+        report = inject(dataset, labels, **more)
+        report.revert()
+
+
+def test_labels_counted_from_1_are_refused(tmp_path: Path) -> None:
+    given = given_labels()
+    known = shapes.image_folder(tmp_path / "images", given)
+    for dataset, message in (
+        (known, "labels: expected classes 0 to 3, got 4 in row"),
+        (shapes.LraCifar(given), "labels: expected classes from 0 to 3, .* got 1 to 4: are they counted from 1"),
+    ):
+        before = item_labels(dataset)
+        with pytest.raises(InputError, match=message):
+            inject(dataset, np.array(before) + 1)
+        assert item_labels(dataset) == before
+    with pytest.warns(EmptiedClassWarning, match="class 0"):
+        inject(shapes.LraCifar(given), given + 1, num_classes=5)
 
 
 def test_hooks_are_called() -> None:
@@ -561,7 +594,8 @@ def test_one_epoch_trains_on_the_injected_labels(shape: str, tmp_path: Path) -> 
     dataset, given, rows = built(shape, tmp_path)
     before = train_one_epoch(dataset.with_format("torch") if shape == "hugging-face" else dataset)
     refined = refined_labels(given)
-    dataset = inject(dataset, refined).dataset
+    with ignoring_stale():
+        dataset = inject(dataset, refined).dataset
     seen = train_one_epoch(dataset.with_format("torch") if shape == "hugging-face" else dataset)
     if shape == "subset":
         assert isinstance(dataset.dataset, CIFAR10)

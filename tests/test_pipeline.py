@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -24,6 +25,7 @@ from synth_refine import InputError, cli, encode, on_ray, pipeline
 from synth_refine.artifact import Artifact, WrongBase, WrongIds, read_artifact, record
 from synth_refine.encode import encoder_by_name
 from synth_refine.generate import Glyphs, Job
+from synth_refine.images import Images
 from synth_refine.labels import csv_bytes, read_csv
 from synth_refine.pipeline import Settings, given_logits, paper_thresholds, run
 from synth_refine.trees import apply_tree, new_places, revert_tree
@@ -203,6 +205,33 @@ def test_a_saved_config_runs_again_and_options_come_first(
     assert "changed: " in capsys.readouterr().out
 
 
+def test_a_result_can_be_made_again_from_any_folder(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
+    first = ["run", "photos", "--out", "out", "--model", "glyphs", "--per-class", "6", "--refiner", "paper"]
+    assert cli.main([*first, "--workers", "0"]) == 0
+    expected = content(source / "out")
+    assert yaml.safe_load(expected["config.yaml"])["out"] == str(source / "out")
+    (source / "elsewhere").mkdir()
+    monkeypatch.chdir(source / "elsewhere")
+    assert cli.main(["run", "--config", "../out/config.yaml"]) == 0
+    assert content(source / "out") == expected
+    assert cli.main(["report", "../out"]) == 0
+    assert content(source / "out") == expected
+    assert not content(source / "elsewhere")
+
+
+def test_patterns_of_files_are_recorded_with_their_folder(source: Path) -> None:
+    (source / "shards").mkdir()
+    (source / "shards" / "0.tar").touch()
+    for images, expected in (
+        ("shards/*.tar", str(source / "shards" / "*.tar")),
+        ("nothing/*.tar", "nothing/*.tar"),
+    ):
+        assert yaml.safe_load(pipeline._config(Settings(images, "out")))["images"] == expected
+
+
 def test_foreign_folders_and_class_names_that_lead_out_are_refused(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +273,22 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
     command = "refine --refiner anchored --features real/features.npy --given real/given.csv --out refined"
     anchors = "--anchors synthetic/features.npy --anchor-labels synthetic/given.csv"
     assert cli.main([*command.split(), *anchors.split()]) == 0
+    capsys.readouterr()
+    apply = ["apply", "refined", "--images", "photos", "--out", "new"]
+    assert cli.main(apply) == 3
+    message = (
+        "synth-refine: artifact: expected one with class names, .* that `embed` wrote as --classes, got none; .*\n"
+    )
+    assert re.fullmatch(message, capsys.readouterr().err)
+    shutil.rmtree("refined")
+    assert cli.main([*command.split(), *anchors.split(), "--classes", "real/classes.yaml"]) == 0
+    assert cli.main(apply) == 0
+    assert noise(source / "new") < noise(source / "photos") / 2
+    assert cli.main(["revert", "refined", "--images", "new", "--out", "again"]) == 0
+    assert content(source / "again") == content(source / "photos")
+    Path("two.yaml").write_text("- A\n- O\n")
+    assert cli.main([*command.split(), *anchors.split(), "--classes", "two.yaml", "--dry-run"]) == 3
+    assert capsys.readouterr().err.endswith("synth-refine: classes: expected 3 names in two.yaml, got 2\n")
     artifact = read_artifact(source / "refined")
     truth = np.array([int(Path(one).stem[-1]) for one in artifact.ids or []])
     assert (artifact.labels != truth).mean() < (artifact.given != truth).mean() / 2
@@ -263,12 +308,14 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
     ("settings", "message"),
     [
         ({"refiner": "other"}, "refiner: expected anchored or paper, got 'other'"),
-        ({"threshold": "high"}, "threshold: expected auto or a number, got 'high'"),
+        ({"threshold": "high"}, "threshold: expected auto or a number from -1 to 1, got 'high'"),
         ({"threshold": 5.0}, "threshold: expected auto or a number from -1 to 1, got 5.0"),
         ({"device": "cuda:99"}, "device: expected cpu where torch finds no GPU, got cuda:99"),
         ({"seed": -1}, "seed, workers: expected 0 or more, got -1 and 2"),
         ({"encoder": "what"}, "encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder"),
         ({"images": "nowhere"}, "images: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),
+        ({"model": "glyps"}, "^model: expected glyphs, .* got 'glyps'$"),
+        ({"synthetic": "nowhere"}, "^synthetic: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),
         ({"synthetic": "drawn"}, "synthetic: expected an image of every class, got none of X"),
     ],
 )
@@ -335,6 +382,29 @@ def test_thresholds_of_the_paper_rule_keep_nine_in_ten_right() -> None:
     assert np.isfinite(limits).all()
     knows_nothing = paper_thresholds(np.random.default_rng(4).normal(size=(300, 6)), labels, np.zeros((300, 3)))
     assert np.isinf(knows_nothing).sum() >= 2 or (knows_nothing > limits.max()).all()
+
+
+def test_no_noise_is_estimated_where_synthetic_images_are_not_recognised() -> None:
+    rng = np.random.default_rng(0)
+    given, labels = np.arange(40) % 5, np.repeat(np.arange(5), 20)
+    features, anchors = (rng.normal(size=(count, 16)).astype(np.float32) for count in (40, 100))
+    images = Images([f"{row}.png" for row in range(40)], given, tuple("abcde"), lambda _: b"", "csv")
+    refined = pipeline.refine(features, images, anchors, labels, Settings("", ""), {})
+    assert float(refined.notes["held-out synthetic images recognised"]) < 0.5
+    for when in ("before", "after"):
+        assert refined.notes[f"wrong labels {when} (estimated)"].startswith("not estimated: fewer than half of the ")
+    assert "noise not estimated" in refined.notes["decision"]
+    assert all(np.isnan(row.noise_after) for row in refined.sweep)
+
+
+def test_a_run_says_that_class_numbers_may_not_mean_the_same() -> None:
+    features, labels = blobs(300, 0)
+    images = Images([f"{row}.png" for row in range(300)], labels, tuple("abc"), lambda _: b"", "csv")
+    settings = Settings("", "", refiner="paper")
+    anchors, classes = blobs(60, 1)
+    assert "warning" not in pipeline.refine(features, images, anchors, classes, settings, {}).notes
+    notes = pipeline.refine(features, images, anchors, (classes + 1) % 3, settings, {}).notes
+    assert notes["warning"].startswith("given labels and nearest prototypes name the same class for ")
 
 
 # ---- trees ----

@@ -225,6 +225,10 @@ BAD_INPUTS = {
         swap(0, np.ones((40, 6), np.complex64)),
         "features: expected floating-point numbers, got complex64; convert with a scale you chose",
     ),
+    "transposed features": (
+        swap(0, np.ones((6, 40), np.float32)),
+        "features: expected shape (40, D), got (6, 40), which is transposed",
+    ),
     "another number of logits": (
         swap(1, np.ones((39, 5), np.float32)),
         "logits: expected shape (40, C), got (39, 5)",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from synth_refine import InputError, generate
+from synth_refine import InputError, encode, generate
 from synth_refine.files import file_hash
 from synth_refine.generate import Glyphs, Job, TextToImage, generate_images, generator_by_name, render_glyphs
 
@@ -142,6 +142,20 @@ def test_default_is_sdxl_turbo_as_the_paper_used_it() -> None:
     assert generate.PER_CLASS == 100
 
 
+@pytest.mark.parametrize("model", ["glyps", ""])
+def test_an_unknown_model_is_refused_with_the_names_that_there_are(model: str) -> None:
+    message = f"model: expected glyphs, a name on the hub as owner/name, such as .*, or a folder, got {model!r}$"
+    with pytest.raises(InputError, match=message):
+        generator_by_name(model)
+
+
+def test_a_model_is_a_folder_or_a_name_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for model in ("mine", str(tmp_path / "mine"), "owner/name"):
+        assert generator_by_name(model).about["model"] == model
+
+
 def test_an_image_depends_on_run_seed_class_and_index_alone() -> None:
     seeds = {Job(label, index, seed, "", "", "").seed for label in range(3) for index in range(3) for seed in range(3)}
     assert len(seeds) == 27
@@ -262,9 +276,26 @@ def test_another_revision_of_the_model_is_refused(tmp_path: Path, monkeypatch: p
 def test_a_folder_with_other_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "mine.jpg")
-    with pytest.raises(InputError, match=r"got mine\.jpg; take another folder"):
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"new or empty one, or what generate began there, but .* holds a; take"):
+            generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
+        assert list(content(tmp_path)) == ["a/mine.jpg"]
+    generate_images(tmp_path / "set", ["a"], Glyphs(8), per_class=1)
+    (tmp_path / "a" / "mine.jpg").rename(tmp_path / "set" / "a" / "mine.TIF")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"got mine\.TIF; take another folder"):
+        generate_images(tmp_path / "set", ["a"], Glyphs(8), per_class=1)
+    assert content(tmp_path) == before
+
+
+def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").touch()
+    generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
+    (tmp_path / "settings.json").rename(tmp_path / "notes.txt")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match="holds a; take another folder"):
         generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
-    assert list(content(tmp_path)) == ["a/mine.jpg"]
+    assert content(tmp_path) == before
 
 
 def test_a_full_disk_is_an_error_and_the_set_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,3 +386,15 @@ def test_a_model_that_cannot_be_had_says_what_to_give(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match=r"cannot be had here: .*give its path as --model") as caught:
         TextToImage(str(tmp_path)).load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_network_is_looked_for_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(encode, "_hub_answers", lambda: False)
+    why = "model: owner/name cannot be had here: not in the cache, and the hub cannot be reached; fetch its folder"
+    with pytest.raises(InputError, match=why):
+        TextToImage("owner/name").load()
+    assert capfd.readouterr() == ("", "")
