@@ -3,7 +3,7 @@
     python benchmarks/kill_ray.py --kills 20 --out benchmarks/results/speed/kills
 
 A real cluster of a head and two nodes, each with processes of its own, on this machine. For each kill it starts
-`refine_shards` in a process, waits until a random number of shards is done and a random moment more, and kills -9 a
+`refine_shards` in a process, waits until a random number of shards is written and a random moment more, and kills -9 a
 node's raylet (a node is then added anew), a worker that has a shard in hand, or the process itself (it is then started
 again), at random. At its end every file is compared with those of the plain loop: Parquet, labels and lines of the
 manifest, and that there is none besides.
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -171,10 +172,9 @@ def disturbed_run(
     """Start a run, kill something in it, and compare what it leaves; None where the kill came too late."""
     command = [sys.executable, str(Path(__file__).resolve()), "--drive", str(folder), str(out), made.address]
     victim, after, delay = str(rng.choice(VICTIMS)), int(rng.integers(SHARDS)), float(rng.random() / 4)
-    manifest = out / "manifest.jsonl"
 
     def done() -> int:
-        return manifest.read_bytes().count(b"\n") if manifest.exists() else 0
+        return len(list(out.glob("shards/part-*.parquet")))
 
     with open(out.with_suffix(".log"), "ab") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log)
@@ -182,14 +182,13 @@ def disturbed_run(
         time.sleep(delay)
         if victim == "worker":
             at_work = wait_for(lambda: workers(made) or run.poll() is not None)
-            if isinstance(at_work, list):
+            if isinstance(at_work, list):  # else the run is over
                 at_work[int(rng.integers(len(at_work)))][0].kill()
         elif victim == "node":
             kill_node(made, nodes(made)[int(rng.integers(len(made.worker_nodes)))])
         else:
             run.kill()
-        shards = done()
-        in_time = run.poll() != 0 and shards < SHARDS
+        shards, in_time = done(), run.poll() != 0
         if victim == "node":
             add_node(made)
         code = run.wait(PATIENCE)
@@ -212,14 +211,9 @@ def kills(count: int, seed: int, scratch: Path) -> Iterator[dict[str, Any]]:
     np.save(folder / "prototypes.npy", rng.standard_normal((CLASSES, FEATURES)).astype(np.float32))
     drive(str(folder), str(scratch / "calm"), "")
     expected = written(scratch / "calm")
-    with cluster() as made, tqdm(total=count, desc="kills", disable=None) as bar:
-        for number in range(5 * count):
-            if bar.n >= count:
-                break
-            found = disturbed_run(made, folder, scratch / f"run-{number:02d}", rng, expected)
-            if found is not None:
-                bar.update()
-                yield found
+    with cluster() as made:
+        runs = (disturbed_run(made, folder, scratch / f"run-{number}", rng, expected) for number in range(5 * count))
+        yield from tqdm(islice(filter(None, runs), count), "kills", count, disable=None)
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
