@@ -48,6 +48,8 @@ def on_cluster(
 ) -> Iterator[Any]:
     """Do something with each item, a task each, and what comes of it in actors, where there is something to load.
 
+    Without GPUs the actors do both.
+
     Everything given and made must be such as cloudpickle takes. A task or a call that is repeated, because its worker
     or its node died, has to come to the same again.
 
@@ -70,15 +72,21 @@ def on_cluster(
     ray = _connected(address)
     cloudpickle, folder = ray.cloudpickle, os.getcwd()
 
-    def produce(batch: pa.Table) -> Iterator[pa.Table]:
+    def row(value: Any) -> pa.Table:
+        return _row(cloudpickle.dumps(value))
+
+    def produced(batch: pa.Table) -> Iterator[Any]:
         _enter(folder)
         try:
-            for result in task(cloudpickle.loads(_data(batch))):
-                yield _row(cloudpickle.dumps(result))
+            yield from task(cloudpickle.loads(_data(batch)))
         except PASSED_ON as error:
-            yield _row(cloudpickle.dumps(_failure(error)))
+            yield _failure(error)
 
-    gpu = device.startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
+    def produce(batch: pa.Table) -> Iterator[pa.Table]:
+        yield from map(row, produced(batch))
+
+    resources = ray.cluster_resources()
+    gpu = device.startswith("cuda") and resources.get("GPU", 0) > 0
 
     class Acting:
         def __init__(self) -> None:
@@ -89,13 +97,13 @@ def on_cluster(
                 failure = _failure(error)
                 self.act = lambda _: failure
 
-        def __call__(self, batch: pa.Table) -> pa.Table:
-            given = cloudpickle.loads(_data(batch))
-            try:
-                result = given if isinstance(given, Failure) else self.act(given)
-            except PASSED_ON as error:
-                result = _failure(error)
-            return _row(cloudpickle.dumps(result))
+        def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+            for given in [cloudpickle.loads(_data(batch))] if gpu else produced(batch):
+                try:
+                    result = given if isinstance(given, Failure) else self.act(given)
+                except PASSED_ON as error:
+                    result = _failure(error)
+                yield row(result)
 
     rows = ray.data.from_items([{"data": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items))
     rows.context.enable_progress_bars = rows.context.print_on_execution_start = False  # the caller shows what is done
@@ -103,13 +111,16 @@ def on_cluster(
     if actor is None:
         done = rows.map_batches(produce, num_cpus=1, **whole)
     else:
-        # An encoder takes several times the processor time of decoding. Of one CPU too, both get their share, or the
-        # last node of a cluster would wait for itself.
-        shares = ({"num_cpus": 1}, {"num_gpus": 1}) if gpu else ({"num_cpus": 0.25}, {"num_cpus": 0.75})
-        pool = ray.data.ActorPoolStrategy(min_size=1)
-        done = rows.map_batches(produce, **shares[0], **whole).map_batches(Acting, compute=pool, **shares[1], **whole)
-    for row in done.iter_rows():
-        result = cloudpickle.loads(row["data"])
+        # All there is room for begin at once: one by one, each would wait for the libraries that the last one loads.
+        room = min(len(items), max(1, int(resources.get("GPU" if gpu else "CPU", 1))))
+        pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=room)
+        if gpu:
+            done = rows.map_batches(produce, num_cpus=1, **whole)
+            done = done.map_batches(Acting, compute=pool, num_gpus=1, **whole)
+        else:  # processes of its own for each part would load all libraries twice, for the same processor
+            done = rows.map_batches(Acting, compute=pool, num_cpus=1, **whole)
+    for one in done.iter_rows():
+        result = cloudpickle.loads(one["data"])
         if isinstance(result, Failure):
             raise InputError(result.message)
         yield result
