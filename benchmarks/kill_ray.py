@@ -62,7 +62,8 @@ def wait_for(condition: Callable[[], Found | None]) -> Found:
 def cluster(count: int = 2) -> Iterator[Any]:
     """A Ray cluster of a head that does no work and nodes of one CPU each, patient with a loaded machine.
 
-    Ray's library reads its settings when it is imported, so that it should not have been before.
+    Each node says that it has a GPU too, so that there can be actors. Ray's library reads its settings when it is
+    imported, so that it should not have been before.
     """
     with ExitStack() as undo:
         undo.callback(_set_environment, dict(os.environ))
@@ -85,6 +86,7 @@ def _settings() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "120",
         "RAY_worker_register_timeout_seconds": str(int(PATIENCE)),
+        "RAY_worker_niceness": "0",  # 15 by default: beside other work the workers would hardly get to theirs
         "RAY_health_check_timeout_ms": str(int(1000 * PATIENCE)),  # a dead raylet is noticed by its closed socket
     }
 
@@ -96,8 +98,8 @@ def _set_environment(wanted: Mapping[str, str]) -> None:
 
 
 def add_node(made: Any) -> Any:
-    """A node of one CPU more; `wait_for_nodes` waits for it."""
-    return _add(made, num_cpus=1)
+    """A node more, as those of `cluster`; `wait_for_nodes` waits for it."""
+    return _add(made, num_cpus=1, num_gpus=1)
 
 
 def _add(made: Any, **options: Any) -> Any:

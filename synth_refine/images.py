@@ -783,13 +783,13 @@ def embed_images(
         shard_rows: Images per shard, in which an interrupted run goes on.
         progress: What the bar says.
         engine: `local`, this process and its workers; or `ray`, a cluster whose nodes see the same images and weights
-            under the same paths. A shard is decoded in one task and embedded in actors; on processors of one kind both
-            engines write the same bytes, and either goes on with what the other began.
+            under the same paths. A shard is decoded and embedded in one task, or embedded by actors with a GPU each; on
+            processors of one kind both engines write the same bytes, and either goes on with what the other began.
         address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
             local one.
-        make: For ray: called as make(device=...) in every actor, gives the encoder there, such as
+        make: For ray: called as make(device=...) in every process that embeds, gives the encoder there, such as
             partial(encoder_by_name, "timm:resnet50.a1_in1k").
-        device: For ray: what the actors compute on, a GPU each for cuda; cpu where no GPU shall be taken.
+        device: For ray: what they compute on, a GPU each for cuda; cpu where no GPU shall be taken.
 
     Returns:
         Features, (N, D) float32, NaN for images that could not be decoded, and why, by row.

@@ -90,31 +90,6 @@ class Run(threading.Thread):
         return self.outcome
 
 
-def test_a_killed_worker_and_a_killed_node_change_nothing(
-    cluster: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refine_shards(*inputs, tmp_path / "calm", shard_rows=SHARD_ROWS)
-    gate = tmp_path / "gate"
-
-    class Gated(scale._Work):
-        def __call__(self, shard: scale.Shard) -> dict[str, Any]:
-            while shard.number >= GATED and not gate.exists():
-                time.sleep(0.05)
-            return super().__call__(shard)
-
-    monkeypatch.setattr(scale, "_Work", Gated)
-    run = Run(lambda: refine_shards(*inputs, tmp_path / "ray", shard_rows=SHARD_ROWS, engine="ray"))
-    manifest = tmp_path / "ray" / "manifest.jsonl"
-    run.wait_for(lambda: manifest.exists() and manifest.read_bytes().count(b"\n") >= GATED // 2)
-    [(worker, node), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
-    worker.kill()
-    [(_, node), *_] = run.wait_for(lambda: [one for one in kill_ray.workers(cluster) if one[0].pid != worker.pid])
-    kill_ray.kill_node(cluster, node)
-    gate.touch()
-    assert run.result() == scale.Summary(SHARDS * SHARD_ROWS, run.outcome.changed, 0, SHARDS, 0)
-    assert kill_ray.written(tmp_path / "ray") == kill_ray.written(tmp_path / "calm")
-
-
 def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any, tmp_path: Path) -> None:
     given = np.load(inputs[1])
     given[-1] = 10
@@ -123,6 +98,25 @@ def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any,
         refine_shards(
             inputs[0], tmp_path / "given.npy", *inputs[2:], tmp_path / "out", shard_rows=SHARD_ROWS, engine="ray"
         )
+
+
+def test_a_killed_actor_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+    gate, found = tmp_path / "gate", []
+
+    def actor(device: str) -> Callable[[int], tuple[str, int]]:
+        def square(number: int) -> tuple[str, int]:
+            while number >= GATED and not gate.exists():
+                time.sleep(0.05)
+            return device, number**2
+
+        return square
+
+    run = Run(lambda: found.extend(on_cluster(range(SHARDS), lambda item: [item, item], actor=actor)))
+    run.wait_for(lambda: len(found) >= GATED)
+    run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))[0][0].kill()
+    gate.touch()
+    run.result()
+    assert sorted(found) == sorted(2 * [("cuda", number**2) for number in range(SHARDS)])
 
 
 # ---- images ----
@@ -169,7 +163,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_killed(
+def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_a_worker_is_killed(
     cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = tiny("weights.safetensors")
@@ -190,10 +184,11 @@ def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_an_actor_is_k
 
     monkeypatch.setattr(images, "on_cluster", watched)
 
-    gate, done = tmp_path / "gate", {"engine": "ray", "make": tiny("weights.safetensors", tmp_path / "gate")}
-    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", **done, **options))
+    gate = tmp_path / "gate"
+    options |= {"engine": "ray", "device": "cpu", "make": tiny("weights.safetensors", gate)}
+    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", **options))
     run.wait_for(lambda: len(list(begun.glob("shard-*.npy"))) > 1)
-    [(worker, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))
+    [(worker, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
     worker.kill()
     gate.touch()
     features, also_bad = run.result()
@@ -210,3 +205,31 @@ def test_an_actor_refuses_other_weights_and_a_gpu_that_is_not_there(photos: Path
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="engine: expected a GPU that torch can use on node .*, got none"):
             embedder(make, "", "cuda")
+
+
+# ---- a node is lost: no other test comes after it ----
+
+
+def test_a_killed_worker_and_a_killed_node_change_nothing(
+    cluster: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refine_shards(*inputs, tmp_path / "calm", shard_rows=SHARD_ROWS)
+    gate = tmp_path / "gate"
+
+    class Gated(scale._Work):
+        def __call__(self, shard: scale.Shard) -> dict[str, Any]:
+            while shard.number >= GATED and not gate.exists():
+                time.sleep(0.05)
+            return super().__call__(shard)
+
+    monkeypatch.setattr(scale, "_Work", Gated)
+    run = Run(lambda: refine_shards(*inputs, tmp_path / "ray", shard_rows=SHARD_ROWS, engine="ray"))
+    manifest = tmp_path / "ray" / "manifest.jsonl"
+    run.wait_for(lambda: manifest.exists() and manifest.read_bytes().count(b"\n") >= GATED // 2)
+    [(worker, node), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
+    worker.kill()
+    [(_, node), *_] = run.wait_for(lambda: [one for one in kill_ray.workers(cluster) if one[0].pid != worker.pid])
+    kill_ray.kill_node(cluster, node)
+    gate.touch()
+    assert run.result() == scale.Summary(SHARDS * SHARD_ROWS, run.outcome.changed, 0, SHARDS, 0)
+    assert kill_ray.written(tmp_path / "ray") == kill_ray.written(tmp_path / "calm")
