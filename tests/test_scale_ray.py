@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ pytestmark = [
 
 SHARDS, SHARD_ROWS = 40, 20
 PHOTOS, PHOTO_SHARD, BATCH = 30, 5, 2
-GATED = 10  # shards that are done before the gate is asked for
+GATED = 10  # shards, or calls of an actor, that are done before the gate is asked for
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +105,18 @@ def test_a_killed_actor_changes_nothing(cluster: Any, tmp_path: Path) -> None:
     gate, found = tmp_path / "gate", []
 
     def actor(device: str) -> Callable[[int], tuple[str, int]]:
+        calls = count()
+
         def square(number: int) -> tuple[str, int]:
-            while number >= GATED and not gate.exists():
+            called = next(calls)
+            while called >= GATED and not gate.exists():
                 time.sleep(0.05)
             return device, number**2
 
         return square
 
     run = Run(lambda: found.extend(on_cluster(range(SHARDS), lambda item: [item, item], actor=actor)))
-    run.wait_for(lambda: len(found) >= GATED)
+    run.wait_for(lambda: len(found) >= GATED // 2)
     run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))[0][0].kill()
     gate.touch()
     run.result()
