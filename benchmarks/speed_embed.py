@@ -67,7 +67,7 @@ def embed_ray(count: int = 2_000, shard_rows: int = 250) -> list[dict[str, Any]]
     """PNG files of CIFAR's size through a small network, by the plain loop and by Ray Data on this machine.
 
     The loop decodes in one process beside its own. Ray's figures are of the first run, with the start of a cluster, and
-    of a second one on the cluster that then stands, whose actors start anew.
+    of a second one on the cluster that then stands, whose processes load the weights anew but not the libraries.
     """
     import ray
     from safetensors.torch import save_file

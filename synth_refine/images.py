@@ -639,21 +639,72 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, str]:
     return dict(zip(names, (str(text) for _, text in pairs), strict=True))
 
 
-def content_hashes(images: Images, *, threads: int = 4) -> list[str]:
-    """The SHA-256 of each image file, in hex; empty where it cannot be read."""
+def content_hashes(
+    images: Images,
+    *,
+    threads: int = 4,
+    shard_rows: int = SHARD_ROWS,
+    engine: str = "local",
+    address: str | None = None,
+) -> list[str]:
+    """The SHA-256 of each image file, in hex; empty where it cannot be read.
 
-    def one(row: int) -> str:
-        try:
-            return hashlib.sha256(images.read(row)).hexdigest()
-        except InputError:
-            return ""
+    Args:
+        images: From `open_images`.
+        threads: That read at the same time, in each process.
+        shard_rows: For ray: images per task; no more than these are read here, which is faster than to ask a cluster.
+        engine: `local` or `ray`, as for `embed_images`.
+        address: Of the Ray cluster, likewise.
 
+    Raises:
+        InputError: For ray: it is missing, or a node cannot read an image that can be read here.
+    """
+    check_engine(engine)
+    count = len(images.ids)
+    found = [""] * count
+    shards = _cut(range(count), shard_rows)
+    with tqdm(total=count, desc="scanning", unit="image", disable=None, leave=False) as bar:
+        if engine == "local" or len(shards) == 1:
+            for row, one in enumerate(_hashes(images.read, count, threads)):
+                found[row] = one
+                bar.update()
+            return found
+        work = [(number, part_of(images.read, rows), len(rows)) for number, rows in enumerate(shards)]
+        for number, hashes, node in on_cluster(work, partial(hashed_shard, threads=threads), address):
+            rows = shards[number]
+            found[rows.start : rows.stop] = hashes
+            for row in rows:
+                if not found[row] and _hash(images.read, row):
+                    raise InputError(f"engine: {images.ids[row]} cannot be read on node {node}")
+            bar.update(len(rows))
+    return found
+
+
+def _hashes(read: Reader, count: int, threads: int) -> Iterator[str]:
     # A reader that holds a row group of a Parquet file is not shared between threads.
-    if isinstance(images.read, ParquetRows):
-        threads = 1
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(one, range(len(images.ids)))
-        return list(tqdm(found, "scanning", len(images.ids), disable=None, leave=False))
+    with ThreadPoolExecutor(1 if isinstance(read, ParquetRows) else threads) as pool:
+        yield from pool.map(partial(_hash, read), range(count))
+
+
+def _hash(read: Reader, row: int) -> str:
+    try:
+        return hashlib.sha256(read(row)).hexdigest()
+    except InputError:
+        return ""
+
+
+def hashed_shard(part: tuple[int, Reader, int], *, threads: int) -> Iterator[tuple[int, list[str], str]]:
+    """A task on a cluster: the hashes of a shard.
+
+    Args:
+        part: Number of the shard, a reader of its images, and how many they are.
+        threads: See `content_hashes`.
+
+    Yields:
+        Once: number of the shard, a hash per image, and the node that read them.
+    """
+    number, read, count = part
+    yield number, list(_hashes(read, count, threads)), platform.node()
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -732,13 +783,13 @@ def embed_images(
         shard_rows: Images per shard, in which an interrupted run goes on.
         progress: What the bar says.
         engine: `local`, this process and its workers; or `ray`, a cluster whose nodes see the same images and weights
-            under the same paths. A shard is decoded in one task and embedded in actors; on processors of one kind both
-            engines write the same bytes, and either goes on with what the other began.
+            under the same paths. A shard is decoded and embedded in one task, or embedded by actors with a GPU each; on
+            processors of one kind both engines write the same bytes, and either goes on with what the other began.
         address: Of the Ray cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new
             local one.
-        make: For ray: called as make(device=...) in every actor, gives the encoder there, such as
+        make: For ray: called as make(device=...) in every process that embeds, gives the encoder there, such as
             partial(encoder_by_name, "timm:resnet50.a1_in1k").
-        device: For ray: what the actors compute on, a GPU each for cuda; cpu where no GPU shall be taken.
+        device: For ray: what they compute on, a GPU each for cuda; cpu where no GPU shall be taken.
 
     Returns:
         Features, (N, D) float32, NaN for images that could not be decoded, and why, by row.
@@ -752,7 +803,8 @@ def embed_images(
     actor = None if make is None else partial(embedder, make, wanted)
     if engine == "ray" and actor is None:
         raise InputError("make: expected what builds the encoder on a node of the cluster, got None")
-    hashes = content_hashes(images) if hashes is None else hashes
+    if hashes is None:
+        hashes = content_hashes(images, shard_rows=shard_rows, engine=engine, address=address)
     preprocess = getattr(encoder, "preprocess", None)
     size = preprocess.size if preprocess is not None and preprocess.size is not None else _first_size(images)
     count = len(images.ids)

@@ -16,6 +16,7 @@ from functools import cache
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from synth_refine._error import InputError
 
@@ -48,6 +49,10 @@ def on_cluster(
 ) -> Iterator[Any]:
     """Do something with each item, a task each, and what comes of it in actors, where there is something to load.
 
+    Without GPUs the tasks do both, for the same processors, and what is loaded stays in the processes that do them. A
+    task that was lost goes to any node with room; a call, to the same actor, which Ray starts anew, and with its node
+    lost this may have to wait for another actor to end.
+
     Everything given and made must be such as cloudpickle takes. A task or a call that is repeated, because its worker
     or its node died, has to come to the same again.
 
@@ -55,7 +60,7 @@ def on_cluster(
         items: What the tasks are about; without any, no cluster is asked for.
         task: Called with an item; gives results one by one, and waits where nobody takes them.
         address: Of the cluster; by default the one that RAY_ADDRESS names, one that runs on this machine, or a new one.
-        actor: Called in each process of a pool that Ray sizes, with its device. What it gives is called with every
+        actor: Called once in each process that Ray takes for it, with its device. What it gives is called with every
             result of the tasks, and gives the results to hand out.
         device: Of the actors: with cuda each has a GPU of its own where the cluster has GPUs, else "cpu".
 
@@ -70,49 +75,76 @@ def on_cluster(
     ray = _connected(address)
     cloudpickle, folder = ray.cloudpickle, os.getcwd()
 
-    def produce(batch: pa.Table) -> Iterator[pa.Table]:
+    def row(value: Any) -> pa.Table:
+        return _row(cloudpickle.dumps(value))
+
+    def produced(batch: pa.Table) -> Iterator[Any]:
         _enter(folder)
         try:
-            for result in task(cloudpickle.loads(_data(batch))):
-                yield _row(cloudpickle.dumps(result))
+            yield from task(cloudpickle.loads(_data(batch)))
         except PASSED_ON as error:
-            yield _row(cloudpickle.dumps(_failure(error)))
+            yield _failure(error)
 
-    gpu = device.startswith("cuda") and ray.cluster_resources().get("GPU", 0) > 0
+    def produce(batch: pa.Table) -> Iterator[pa.Table]:
+        yield from map(row, produced(batch))
+
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if device.startswith("cuda") else 0
+    name = uuid4().hex
+
+    def load() -> Callable[[Any], Any]:
+        _enter(folder)
+        try:
+            act = actor("cuda" if gpus else "cpu")  # type: ignore[misc]
+        except PASSED_ON as error:
+            failure = _failure(error)
+            return lambda _: failure
+
+        def act_on(given: Any) -> Any:
+            try:
+                return given if isinstance(given, Failure) else act(given)
+            except PASSED_ON as error:
+                return _failure(error)
+
+        return act_on
 
     class Acting:
         def __init__(self) -> None:
-            _enter(folder)
-            try:
-                self.act = actor("cuda" if gpu else "cpu")  # type: ignore[misc]
-            except PASSED_ON as error:
-                failure = _failure(error)
-                self.act = lambda _: failure
+            self.act = load()
 
-        def __call__(self, batch: pa.Table) -> pa.Table:
-            given = cloudpickle.loads(_data(batch))
-            try:
-                result = given if isinstance(given, Failure) else self.act(given)
-            except PASSED_ON as error:
-                result = _failure(error)
-            return _row(cloudpickle.dumps(result))
+        def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+            yield row(self.act(cloudpickle.loads(_data(batch))))
+
+    def do_both(batch: pa.Table) -> Iterator[pa.Table]:
+        act = _kept(name, load)
+        yield from (row(act(given)) for given in produced(batch))
 
     rows = ray.data.from_items([{"data": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items))
     rows.context.enable_progress_bars = rows.context.print_on_execution_start = False  # the caller shows what is done
     whole: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    if actor is None:
+    if actor is not None and gpus:
+        # As many actors as there is room for begin at once: each takes long to load its libraries. They take no CPU, or
+        # with one for each GPU the tasks would wait for the actors, and these for them.
+        pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=min(len(items), gpus))
         done = rows.map_batches(produce, num_cpus=1, **whole)
+        done = done.map_batches(Acting, compute=pool, num_cpus=0, num_gpus=1, **whole)
     else:
-        # An encoder takes several times the processor time of decoding. Of one CPU too, both get their share, or the
-        # last node of a cluster would wait for itself.
-        shares = ({"num_cpus": 1}, {"num_gpus": 1}) if gpu else ({"num_cpus": 0.25}, {"num_cpus": 0.75})
-        pool = ray.data.ActorPoolStrategy(min_size=1)
-        done = rows.map_batches(produce, **shares[0], **whole).map_batches(Acting, compute=pool, **shares[1], **whole)
-    for row in done.iter_rows():
-        result = cloudpickle.loads(row["data"])
+        done = rows.map_batches(produce if actor is None else do_both, num_cpus=1, **whole)
+    for one in done.iter_rows():
+        result = cloudpickle.loads(one["data"])
         if isinstance(result, Failure):
             raise InputError(result.message)
         yield result
+
+
+_loaded: dict[str, Any] = {}
+
+
+def _kept(name: str, load: Callable[[], Any]) -> Any:
+    """What was loaded under a name, in this process; nothing else is kept."""
+    if name not in _loaded:
+        _loaded.clear()
+        _loaded[name] = load()
+    return _loaded[name]
 
 
 @dataclass(frozen=True)

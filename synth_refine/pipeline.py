@@ -204,7 +204,7 @@ def _begin(out: Path, settings: Settings) -> None:
 
 
 def _run(out: Path, settings: Settings, images: Images, classes: Mapping[str, str] | None, encoder: Encoder) -> Summary:
-    hashes = content_hashes(images)
+    hashes = content_hashes(images, engine=settings.engine, address=settings.address)
     table = {"id": images.ids, "label": [images.classes[label] for label in images.labels], "sha256": hashes}
     write(out / "images.csv", csv_bytes(table))
     source = settings.synthetic

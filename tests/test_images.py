@@ -500,15 +500,30 @@ def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch:
     (tmp_path / "in" / "cat" / "1.png").unlink()
     asked = []
 
-    def on_cluster(items: Any, task: Any, address: str | None, *, actor: Any, device: str) -> Iterator[Any]:
-        asked.extend(names for _, _, names in items)
-        yield from map(actor("cpu"), (batch for item in items for batch in task(item)))
+    def on_cluster(items: Any, task: Any, _: str | None, *, actor: Any = None, device: str = "") -> Iterator[Any]:
+        results = (result for item in reversed(items) for result in task(item))
+        if actor is not None:
+            asked.extend(names for _, _, names in items)
+            results = map(actor("cpu"), results)
+        yield from results
 
     monkeypatch.setattr("synth_refine.images.on_cluster", on_cluster)
     monkeypatch.setattr("synth_refine.images.check_engine", lambda _: None)
-    _, bad = embed_images(Mean(), images, tmp_path / "kept", shard_rows=2, engine="ray", make=lambda **_: Mean())
+    options: dict[str, Any] = {"shard_rows": 2, "engine": "ray"}
+    assert content_hashes(images, **options) == content_hashes(images)
+    _, bad = embed_images(Mean(), images, tmp_path / "kept", make=lambda **_: Mean(), **options)
     assert asked == [["cat/0.png", None], ["cat/2.png"]]
     assert list(bad) == [1]
+
+
+def test_an_image_that_one_node_alone_cannot_read_has_no_empty_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "cat/0.png", "cat/1.png", "cat/2.png")
+    monkeypatch.setattr("synth_refine.images.check_engine", lambda _: None)
+    monkeypatch.setattr("synth_refine.images.on_cluster", lambda *_: [(1, [""], "other"), (0, ["", ""], "other")])
+    with pytest.raises(InputError, match=r"^engine: cat/2\.png cannot be read on node other$"):
+        content_hashes(open_images(tmp_path), shard_rows=2, engine="ray")
 
 
 def test_a_row_that_a_dataset_cannot_give_is_a_bad_row() -> None:

@@ -542,6 +542,7 @@ def test_a_dry_run_names_the_engine_and_another_one_may_go_on(
     monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
     monkeypatch.setattr(on_ray, "find_spec", lambda _: True)
     arguments = ["run", "photos", "--classes", "classes.yaml", "--synthetic", "photos", "--out", "result"]
+    arguments += ["--refiner", "paper"]
     on_cluster = [*arguments, "--engine", "ray", "--address", "head:6379"]
     assert cli.main([*on_cluster, "--dry-run", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

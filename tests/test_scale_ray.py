@@ -1,4 +1,4 @@
-"""Shards of features and of images on a real Ray cluster, with workers and a node killed in the middle.
+"""Shards of features and of images on a real Ray cluster, with workers, a node and an actor killed in the middle.
 
 What is killed is always in the middle of its work: the work waits for a file that is made after the kill.
 """
@@ -10,8 +10,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from benchmarks import kill_ray
 from synth_refine import InputError, images, scale
-from synth_refine.encode import encoder_by_name
+from synth_refine.encode import Preprocess, TorchEncoder
 from synth_refine.images import embed_images, embedder, open_images
 from synth_refine.on_ray import on_cluster
 from synth_refine.scale import refine_shards
@@ -34,8 +36,8 @@ pytestmark = [
 ]
 
 SHARDS, SHARD_ROWS = 40, 20
-PHOTOS, PHOTO_SHARD, BATCH = 60, 10, 4
-GATED = 10  # shards that are done before the gate is asked for
+PHOTOS, PHOTO_SHARD, BATCH = 30, 5, 2
+GATED = 10  # shards, or calls of an actor, that are done before the gate is asked for
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,129 @@ class Run(threading.Thread):
         return self.outcome
 
 
+def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any, tmp_path: Path) -> None:
+    given = np.load(inputs[1])
+    given[-1] = 10
+    np.save(tmp_path / "given.npy", given)
+    with pytest.raises(InputError, match=f"given in .*: expected classes 0 to 9, got 10 in row {SHARD_ROWS - 1}$"):
+        refine_shards(
+            inputs[0], tmp_path / "given.npy", *inputs[2:], tmp_path / "out", shard_rows=SHARD_ROWS, engine="ray"
+        )
+
+
+def test_a_killed_actor_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+    gate, found = tmp_path / "gate", []
+
+    def actor(device: str) -> Callable[[int], tuple[str, int]]:
+        calls = count()
+
+        def square(number: int) -> tuple[str, int]:
+            called = next(calls)
+            while called >= GATED and not gate.exists():
+                time.sleep(0.05)
+            return device, number**2
+
+        return square
+
+    run = Run(lambda: found.extend(on_cluster(range(SHARDS), lambda item: [item, item], actor=actor)))
+    run.wait_for(lambda: len(found) >= GATED // 2)
+    run.wait_for(lambda: kill_ray.workers(cluster, "ray::MapWorker"))[0][0].kill()
+    gate.touch()
+    run.result()
+    assert sorted(found) == sorted(2 * [("cuda", number**2) for number in range(SHARDS)])
+
+
+# ---- images ----
+
+
+def tiny(weights: str, gate: Path | None = None) -> Callable[..., TorchEncoder]:
+    """What makes a network; it comes to a gate after some batches, one of its shards being done and one in hand."""
+
+    class Gated(TorchEncoder):
+        seen = 0
+
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            while gate is not None and self.seen > 4 and not gate.exists():
+                time.sleep(0.05)
+            return super().embed(images)
+
+    def make(device: str = "cpu") -> TorchEncoder:
+        network = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        network.load_state_dict(load_file(weights))
+        return Gated("tiny", network.to(device), Preprocess(size=(32, 32)))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of several sizes, two of them bad, and the weights of a tiny network."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    (root / "in" / "cat").mkdir(parents=True)
+    for number in range(PHOTOS):
+        pixels = rng.integers(0, 256, (40 + number % 3, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "in" / "cat" / f"{number:02d}.png")
+    (root / "in" / "cat" / "17.png").write_bytes(b"<html>")
+    (root / "in" / "cat" / "28.png").write_bytes((root / "in" / "cat" / "27.png").read_bytes()[:300])
+    torch.manual_seed(0)
+    weights = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3)).state_dict()
+    save_file(weights, root / "weights.safetensors")
+    return root
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_a_worker_is_killed(
+    cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = tiny("weights.safetensors")
+    monkeypatch.chdir(photos)  # relative paths mean the same on the nodes
+    sources = open_images("in")
+    options: dict[str, Any] = {"batch_rows": BATCH, "shard_rows": PHOTO_SHARD}
+    expected, bad = embed_images(build(), sources, tmp_path / "calm", workers=2, **options)
+    assert sorted(bad) == [17, 28]
+    assert np.isfinite(np.delete(expected, [17, 28], axis=0)).all()
+    begun = next(shutil.copytree(tmp_path / "calm", tmp_path / "ray").iterdir())  # here, and gone on with there
+    for number in range(1, 6):
+        (begun / f"shard-{number:05d}.npy").unlink()
+    asked = []
+
+    def watched(items: Any, *rest: Any, **more: Any) -> Iterator[Any]:
+        asked.append([number for number, _, _ in items])
+        return on_cluster(items, *rest, **more)
+
+    monkeypatch.setattr(images, "on_cluster", watched)
+
+    gate = tmp_path / "gate"
+    options |= {"engine": "ray", "device": "cpu", "make": tiny("weights.safetensors", gate)}
+    run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", **options))
+    run.wait_for(lambda: len(list(begun.glob("shard-*.npy"))) > 1)
+    [(worker, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
+    worker.kill()
+    gate.touch()
+    features, also_bad = run.result()
+    assert features.tobytes() == expected.tobytes()
+    assert also_bad == bad
+    assert content(tmp_path / "ray") == content(tmp_path / "calm")
+    assert asked == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]  # to hash, to embed
+
+
+def test_an_actor_refuses_other_weights_and_a_gpu_that_is_not_there(photos: Path) -> None:
+    make = tiny(str(photos / "weights.safetensors"))
+    with pytest.raises(InputError, match="encoder: expected the same weights on every node, got others on node"):
+        embedder(make, "another", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="engine: expected a GPU that torch can use on node .*, got none"):
+            embedder(make, "", "cuda")
+
+
+# ---- a node is lost: no other test comes after it ----
+
+
 def test_a_killed_worker_and_a_killed_node_change_nothing(
     cluster: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,84 +237,3 @@ def test_a_killed_worker_and_a_killed_node_change_nothing(
     gate.touch()
     assert run.result() == scale.Summary(SHARDS * SHARD_ROWS, run.outcome.changed, 0, SHARDS, 0)
     assert kill_ray.written(tmp_path / "ray") == kill_ray.written(tmp_path / "calm")
-
-
-def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any, tmp_path: Path) -> None:
-    given = np.load(inputs[1])
-    given[-1] = 10
-    np.save(tmp_path / "given.npy", given)
-    with pytest.raises(InputError, match=f"given in .*: expected classes 0 to 9, got 10 in row {SHARD_ROWS - 1}$"):
-        refine_shards(
-            inputs[0], tmp_path / "given.npy", *inputs[2:], tmp_path / "out", shard_rows=SHARD_ROWS, engine="ray"
-        )
-
-
-# ---- images ----
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of several sizes, two of them bad, and the weights of a tiny network."""
-    from safetensors.torch import save_file
-    from timm import create_model
-
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    (root / "in" / "cat").mkdir(parents=True)
-    for number in range(PHOTOS):
-        pixels = rng.integers(0, 256, (40 + number % 3, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "in" / "cat" / f"{number:02d}.png")
-    (root / "in" / "cat" / "17.png").write_bytes(b"<html>")
-    (root / "in" / "cat" / "58.png").write_bytes((root / "in" / "cat" / "57.png").read_bytes()[:300])
-    torch.manual_seed(0)
-    weights = create_model("test_resnet", pretrained=False).state_dict()
-    save_file({name: value.contiguous() for name, value in weights.items()}, root / "weights.safetensors")
-    return root
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_embedding_goes_on_on_the_cluster_to_the_same_bytes(
-    cluster: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build = partial(encoder_by_name, "timm:test_resnet", "weights.safetensors")
-    monkeypatch.chdir(photos)  # relative paths mean the same on the nodes
-    sources = open_images("in")
-    options: dict[str, Any] = {"batch_rows": BATCH, "shard_rows": PHOTO_SHARD}
-    expected, bad = embed_images(build(), sources, tmp_path / "calm", workers=2, **options)
-    assert sorted(bad) == [17, 58]
-    assert np.isfinite(np.delete(expected, [17, 58], axis=0)).all()
-    begun = next(shutil.copytree(tmp_path / "calm", tmp_path / "ray").iterdir())  # here, and gone on with there
-    for number in range(1, 6):
-        (begun / f"shard-{number:05d}.npy").unlink()
-    asked = []
-
-    def watched(items: Any, *rest: Any, **more: Any) -> Iterator[Any]:
-        asked.append([number for number, _, _ in items])
-        return on_cluster(items, *rest, **more)
-
-    monkeypatch.setattr(images, "on_cluster", watched)
-
-    features, also_bad = embed_images(build(), sources, tmp_path / "ray", engine="ray", make=build, **options)
-    assert features.tobytes() == expected.tobytes()
-    assert also_bad == bad
-    assert content(tmp_path / "ray") == content(tmp_path / "calm")
-    assert asked == [[1, 2, 3, 4, 5]]
-
-
-def test_what_an_actor_cannot_use_is_one_line(cluster: Any, photos: Path, tmp_path: Path) -> None:
-    encoder = encoder_by_name("timm:test_resnet", photos / "weights.safetensors")
-    make = partial(encoder_by_name, "timm:test_resnet", photos / "none")
-    with pytest.raises(InputError, match=r"^weights: cannot be read, No such file or directory: .*none$"):
-        embed_images(encoder, open_images(photos / "in"), tmp_path, engine="ray", make=make)
-
-
-def test_an_actor_refuses_other_weights_and_a_gpu_that_is_not_there(photos: Path) -> None:
-    make = partial(encoder_by_name, "timm:test_resnet", photos / "weights.safetensors")
-    with pytest.raises(InputError, match="encoder: expected the same weights on every node, got others on node"):
-        embedder(make, "another", "cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="engine: expected a GPU that torch can use on node .*, got none"):
-            embedder(make, "", "cuda")
