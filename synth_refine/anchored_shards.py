@@ -104,8 +104,9 @@ class AnchoredSummary(Summary):
     """What an anchored run over shards left behind.
 
     Attributes:
-        noise_before: Estimated fraction of the given labels that are wrong, as in `decide.Decision`.
-        noise_after: Estimated fraction of the refined labels that are wrong.
+        noise_before: Estimated fraction of the given labels that are wrong; NaN where the synthetic images are not
+            recognised, as in `decide.Decision`.
+        noise_after: Estimated fraction of the refined labels that are wrong; likewise.
         recognised: The fraction of the synthetic images that heads which were not trained on them name rightly.
         rounds: Rounds of expectation maximisation that were run.
         note: Why nothing was changed, one of `decide.REASONS`; empty where labels could be changed.
@@ -727,10 +728,10 @@ class _Training:
                     kept += float(torch.where(change, best, given).sum())
         blind = recognised < RECOGNISED
         harmful = proposed > 0 and (gain <= 0 or blind)
-        noise = 1 - stays / rows
+        noise = math.nan if blind else 1 - stays / rows
         summary = {
             "noise_before": noise,
-            "noise_after": noise if harmful else 1 - kept / rows,
+            "noise_after": noise if blind or harmful else 1 - kept / rows,
             "note": REASONS[6 if blind else 5] if harmful else "",
         }
         return {"margin": margin, "harmful": harmful, "gain": gain / total, "summary": summary}

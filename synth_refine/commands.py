@@ -376,7 +376,8 @@ def _counts(artifact: Artifact) -> dict[str, int]:
 
 
 def _show(result: Mapping[str, object]) -> None:
-    print(json.dumps(result))
+    """One line of JSON, which knows no NaN: what was not estimated is null."""
+    print(json.dumps({name: None if value != value else value for name, value in result.items()}))
 
 
 def _doubt(given: NDArray[np.int64], nearest: NDArray[np.int64], num_classes: int) -> None:
