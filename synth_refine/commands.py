@@ -289,7 +289,7 @@ def _check_free(out: str, labels: NDArray[np.integer[Any]], names: list[str] | N
     """Refuse to write labels over anything else; over the same ones, as a command that is repeated does, is fine."""
     if Path(out).is_dir():
         raise InputError(f"out: expected a file to write, got a folder: {out}")
-    if not os.path.lexists(out):
+    if not os.path.lexists(out) or Path(out).suffix.lower() not in (".npy", ".csv"):  # which nothing is written to
         return
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, Path(out).name)

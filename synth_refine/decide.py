@@ -317,7 +317,7 @@ class SweepRow:
 
     threshold: float  # smallest probability of the new class
     changed: float  # fraction of the labels that change
-    noise_after: float  # estimated
+    noise_after: float  # estimated; NaN as in Decision
     wrong_changes: float  # nominal fraction; NaN without a change
     empty_classes: int  # classes left without an image
 
@@ -514,16 +514,21 @@ def agreement_doubt(given: Array, predictions: Array, num_classes: int) -> str:
     if count < max(2, ROWS_PER_CLASS * num_classes):
         return ""
     rows, columns = (np.bincount(one, minlength=num_classes) for one in (left, right))
+    rows, columns = rows.astype(float), columns.astype(float)
     # How often both agree under all orders of the rows: the mean and the variance, by the counts alone.
-    spreads = [np.diag(counts) - np.outer(counts, counts) / count for counts in (rows, columns)]
-    deviation = float((spreads[0] * spreads[1]).sum() / (count - 1)) ** 0.5
+    expected = float(rows @ columns) / count
+    variance = (expected - rows @ columns**2 / count**2 - rows**2 @ columns / count**2 + expected**2 / count) * count
+    deviation = math.sqrt(max(0.0, float(variance) / (count - 1)))
     agreeing = int((left == right).sum())
-    score = (agreeing - float(rows @ columns) / count) / deviation if deviation else math.inf
+    if deviation > 1e-9:
+        score = (agreeing - expected) / deviation
+    else:  # one of them is the same for all; where that are the given labels, nothing can be said
+        score = 0.0 if agreeing < count and columns.max() == count else math.inf
     if score >= AGREEING:
         return ""
     return (
-        f"given labels and nearest prototypes name the same class for {agreeing / count:.1%} of the images, no more "
-        f"often than by chance ({score:.1f} deviations above it): is the order of the rows the same, do the class "
+        f"given labels and nearest prototypes name the same class for {agreeing / count:.1%} of the images, hardly "
+        f"more often than by chance ({score:.1f} deviations above it): is the order of the rows the same, do the class "
         "numbers mean the same, and does the encoder know the classes?"
     )
 

@@ -471,7 +471,7 @@ class _Share:
 
 
 def _begin(root: Path, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
-    """Make a folder ready, or refuse one that was begun with other settings or holds other images."""
+    """Make a folder ready, or refuse one that was begun with other settings or holds something else."""
     place = root / "settings.json"
     if place.exists():
         try:

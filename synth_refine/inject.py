@@ -173,7 +173,7 @@ def inject(
     lost = np.setdiff1d(before, after)
     if lost.size:
         warnings.warn(f"labels: no image is left in class {_shown(lost)}", EmptiedClassWarning, stacklevel=2)
-    named = ids is not None or base is not None or isinstance(labels, Artifact | Refinement)
+    named = ids is not None or base is not None or isinstance(labels, Artifact)
     if changed.size and not named and any(_of_files(store) for store in places.stores):
         warnings.warn(
             "labels: without ids they are taken to stand in the order of the dataset's `samples`, which is that of the "

@@ -49,9 +49,9 @@ def on_cluster(
 ) -> Iterator[Any]:
     """Do something with each item, a task each, and what comes of it in actors, where there is something to load.
 
-    Without GPUs the tasks do both, for the same processors, and what is loaded stays in the processes that do them. A
-    task that was lost goes to any node with room; a call, to the same actor, which Ray starts anew, and with its node
-    lost this may have to wait for another actor to end.
+    Without GPUs the tasks do both, for the same processors, and what is loaded stays in the processes that do them
+    until the driver or Ray ends them. A task that was lost goes to any node with room; a call, to the same actor, which
+    Ray starts anew, and with its node lost this may have to wait for another actor to end.
 
     Everything given and made must be such as cloudpickle takes. A task or a call that is repeated, because its worker
     or its node died, has to come to the same again.
@@ -140,7 +140,7 @@ _loaded: dict[str, Any] = {}
 
 
 def _kept(name: str, load: Callable[[], Any]) -> Any:
-    """What was loaded under a name, in this process; nothing else is kept."""
+    """What was loaded under a name, in this process, which keeps it until it ends or loads something else."""
     if name not in _loaded:
         _loaded.clear()
         _loaded[name] = load()

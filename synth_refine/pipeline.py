@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -348,8 +349,7 @@ def _config(settings: Settings) -> bytes:
 
 def _is_place(name: str) -> bool:
     """Whether there is such a file or folder, or one of such a pattern."""
-    path = Path(name)
-    return path.exists() or (path.parent.is_dir() and any(path.parent.glob(path.name)))
+    return Path(name).exists() or bool(glob(name))
 
 
 def write(path: Path, data: bytes) -> None:

@@ -32,7 +32,7 @@ CHUNK_ELEMENTS = 1 << 21
 features than that either."""
 
 GPU_CHUNK_ELEMENTS = 1 << 27
-"""The same on a GPU, half a gigabyte: a chunk costs it the time to start a dozen kernels and to answer a question."""
+"""The same for the fused kernel, half a gigabyte of scores: a chunk costs a GPU the start of a dozen kernels."""
 
 CACHED_ELEMENTS = 1 << 17
 """Scores searched at once on the CPU: half a megabyte, which a core's own cache holds."""
@@ -148,7 +148,8 @@ def refine_labels(
     labels = torch.empty(num_images, dtype=torch.int64, device=device)
     confidence = torch.empty(num_images, dtype=dtype, device=device)
     ties = [torch.empty((0, 2), dtype=torch.int64, device=device)]
-    step = chunk_rows(num_classes, features.shape[1], device.type)
+    elements = GPU_CHUNK_ELEMENTS if _fused(device, dtype, num_classes) else CHUNK_ELEMENTS
+    step = chunk_rows(num_classes, features.shape[1], elements)
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
@@ -184,9 +185,8 @@ class Scored:
     ties: Tensor
 
 
-def chunk_rows(num_classes: int, width: int, device: str = "cpu") -> int:
-    """Images scored at once, for C classes and D features, on a kind of device."""
-    elements = CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
+def chunk_rows(num_classes: int, width: int, elements: int = CHUNK_ELEMENTS) -> int:
+    """Images scored at once, for C classes and D features."""
     return max(64, elements // max(num_classes, width))
 
 
@@ -240,7 +240,7 @@ def _fused(device: torch.device, dtype: torch.dtype, num_classes: int) -> Fused 
         if num_classes > MOST_CLASSES:
             return None
         zeros = torch.zeros((1, num_classes), device=device)
-        best_of_rows(zeros.clone(), zeros, zeros[:, :1], 1)
+        best_of_rows(zeros.clone(), zeros, zeros[:, :1], 2)  # as score_rows asks
     except Exception as error:  # whatever Triton finds wrong, there is another way
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"refine_labels: no fused kernel on {device} ({what}); it takes some times as long", stacklevel=2)

@@ -247,6 +247,7 @@ def test_chance_is_that_of_shuffled_rows():
     told = float(agreement_doubt(given, opinion, 5).split("(")[1].split()[0])
     assert abs(told - score) < 0.3
     assert agreement_doubt(np.zeros(500, int), np.arange(500) % 5, 5) == ""  # nothing varies
+    assert "for 20.0% of the images" in agreement_doubt(np.arange(500) % 5, np.zeros(500, int), 5)  # a dead encoder
 
 
 def test_too_few_rows_or_one_class_are_never_refused():

@@ -204,6 +204,8 @@ def test_torch_compile_is_a_switch(method: Any, monkeypatch: pytest.MonkeyPatch)
         config = method.Config(epochs=2, batch_size=16, crop_padding=0, flip=False, compiled=compiled)
         losses.append(method.train(model, inputs, labels, config, measure=no_figures, seed=0).history[-1]["loss"])
     assert traced == [model]
+    runs = [loop.Progress(None, "", method.Config(compiled=one), 0, inputs, labels).run for one in (False, True)]
+    assert runs[0] == runs[1]  # a checkpoint is gone on with either way
     assert losses[1] == pytest.approx(losses[0])
 
 

@@ -134,12 +134,14 @@ class Progress:
         """Describe the run; nothing is read or written before `load` and `save`."""
         self.path = path
         self.written = time.monotonic()
+        settings = asdict(config)
+        settings.pop("compiled", None)  # a run may go on with it or without
         self.run = {
             "method": method,
             "seed": seed,
             "inputs": f"{tuple(inputs.shape)} {inputs.dtype}",
             "labels": f"{tuple(labels.shape)} {zlib.crc32(labels.cpu().numpy().tobytes()):08x}",
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()},
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
             **more,
         }
 

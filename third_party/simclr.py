@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class Config:
     jitter: float = 0.8  # how often brightness, contrast, saturation and hue change
     grayscale: float = 0.2  # how often the colours go
     bf16: bool = False  # autocast to bfloat16
-    compiled: bool = False  # through torch.compile
+    compiled: bool = field(default=False, repr=False)  # through torch.compile; an encoder is cached by the others
 
 
 @dataclass(frozen=True)
