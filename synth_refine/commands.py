@@ -39,7 +39,7 @@ from synth_refine.images import read_classes
 from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
 from synth_refine.refine import refine_labels
 from synth_refine.report import decided
-from synth_refine.scale import SHARD_ROWS, refine_shards
+from synth_refine.scale import SHARD_ROWS, refine_shards, shards_sample
 from synth_refine.trees import apply_tree, revert_tree
 
 PROBLEM = 1
@@ -226,10 +226,11 @@ def _scale(options: argparse.Namespace) -> int:
         _show({"out": options.out, **asdict(done)})
         return FINE
     check_threshold(options.threshold)
+    prototypes = read_npy("prototypes", options.prototypes, "f")
     summary = refine_shards(
         options.features,
         options.given,
-        read_npy("prototypes", options.prototypes, "f"),
+        prototypes,
         options.threshold,
         options.out,
         logits=options.logits,
@@ -240,6 +241,9 @@ def _scale(options: argparse.Namespace) -> int:
         address=options.address,
         progress=sys.stderr.isatty(),
     )
+    given, features = shards_sample(options.features, options.given, len(prototypes), ORDER_ROWS)
+    classes = np.arange(len(prototypes))
+    _doubt(given, prototype_classes(features, prototypes, classes, len(prototypes)), len(prototypes))
     _show({"out": options.out, **asdict(summary)})
     return FINE
 

@@ -373,6 +373,10 @@ def _check(settings: Settings) -> None:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
     check_engine(settings.engine)
     check_folder("out", settings.out)
+    try:
+        torch.device(settings.device)
+    except RuntimeError as error:
+        raise InputError(f"device: expected one of torch such as cpu or cuda:1, got {settings.device!r}") from error
     if settings.engine == "local" and settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
 

@@ -300,6 +300,22 @@ def read_given(shard: Shard, num_classes: int) -> NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64)
 
 
+def shards_sample(
+    features: str | os.PathLike[str], given: str | os.PathLike[str], num_classes: int, rows: int
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Given labels and features of at most so many images, the same number from each of some shards all over the files.
+
+    Returns:
+        (n,) and (n, D).
+    """
+    shards = cut_shards(features, given, None, max(1, SHARD_ROWS // 64))
+    shards = shards[:: -(-len(shards) // 100)]
+    each = -(-rows // len(shards))
+    parts = [next(read_chunks("features", shard.features, each, "D")) for shard in shards]
+    labels = [read_given(shard, num_classes)[: len(part)] for shard, part in zip(shards, parts, strict=True)]
+    return np.concatenate(labels)[:rows], np.concatenate(parts)[:rows]
+
+
 def shard_table(
     shard: Shard,
     given: NDArray[np.int64],

@@ -310,6 +310,7 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
         ({"refiner": "other"}, "refiner: expected anchored or paper, got 'other'"),
         ({"threshold": "high"}, "threshold: expected auto or a number from -1 to 1, got 'high'"),
         ({"threshold": 5.0}, "threshold: expected auto or a number from -1 to 1, got 5.0"),
+        ({"device": "gpu"}, "device: expected one of torch such as cpu or cuda:1, got 'gpu'"),
         ({"device": "cuda:99"}, "device: expected cpu where torch finds no GPU, got cuda:99"),
         ({"seed": -1}, "seed, workers: expected 0 or more, got -1 and 2"),
         ({"encoder": "what"}, "encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder"),

@@ -275,6 +275,17 @@ def test_the_command_reports_counts_and_goes_on(data: Data, tmp_path: Path, caps
     assert "weight: expected what the shards in" in capsys.readouterr().err
 
 
+def test_labels_in_another_order_are_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = np.arange(400) % 4
+    np.save(tmp_path / "features.npy", np.eye(4, 8, dtype=np.float16)[given])
+    np.save(tmp_path / "prototypes.npy", np.eye(4, 8, dtype=np.float32))
+    files = [f"--{name}={tmp_path / name}.npy" for name in ("features", "given", "prototypes")]
+    for order, doubted in ((given, False), (given[::-1], True)):
+        np.save(tmp_path / "given.npy", order)
+        assert cli.main(["scale", *files, "--threshold=1", f"--out={tmp_path}/{doubted}"]) == 0
+        assert ("name the same class for 0.0% of the images" in capsys.readouterr().err) == doubted
+
+
 FORKED = """
 import os, sys, time
 import numpy as np
