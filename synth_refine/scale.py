@@ -308,7 +308,7 @@ def shards_sample(
     Returns:
         (n,) and (n, D).
     """
-    shards = cut_shards(features, given, None, max(1, SHARD_ROWS // 64))
+    shards = cut_shards(features, given, None, SHARD_ROWS // 64)
     shards = shards[:: -(-len(shards) // 100)]
     each = -(-rows // len(shards))
     parts = [next(read_chunks("features", shard.features, each, "D")) for shard in shards]
