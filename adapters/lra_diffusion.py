@@ -16,8 +16,10 @@ from torch import Tensor
 from adapters.base import Outcome, Split, Task
 from adapters.network import NetworkOptions, build_network, named_accuracies, resolve
 from synth_refine import InputError
-from synth_refine.encode import ClipEncoder, Encoder, embed_cached, images_hash, module_encoder, open_clip_encoder
-from synth_refine.files import read_npy, write_atomic
+from synth_refine._io.atomic import write_atomic
+from synth_refine._io.untrusted import read_npy
+from synth_refine.images.embed import embed_cached, images_hash
+from synth_refine.images.encoders import ClipEncoder, Encoder, module_encoder, open_clip_encoder
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
 from third_party.lra_diffusion import Config, LabelDiffusion, Predict, nearest

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from adapters.base import Split, Task
 from synth_refine import InputError, noise
-from synth_refine.files import open_plain
-from synth_refine.generate import render_glyphs
-from synth_refine.labels import as_labels, read_labels, transition_matrix
+from synth_refine._io.untrusted import open_plain
+from synth_refine.labels.files import as_labels, read_labels, transition_matrix
+from synth_refine.synthetic.glyphs import render_glyphs
 from third_party.parallel import first_process_first
 
 Labels = NDArray[np.int64]

@@ -30,7 +30,7 @@ from adapters.lra_diffusion import GLYPH_CLIP
 from benchmarks import data
 from benchmarks.records import digest, environment, write_record
 from synth_refine import cli
-from synth_refine.labels import csv_bytes, read_csv
+from synth_refine._io.csv import csv_bytes, read_csv
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ROWS = 2_000  # of CIFAR-10

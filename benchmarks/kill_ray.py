@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.records import digest, environment, write_record
-from synth_refine.scale import refine_shards
+from synth_refine.scale.shards import refine_shards
 
 VICTIMS = ("node", "worker", "driver")
 SHARDS, SHARD_ROWS, FEATURES, CLASSES, THRESHOLD = 120, 2_000, 64, 100, 0.1

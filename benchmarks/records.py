@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from synth_refine import InputError
-from synth_refine.files import file_hash, write_atomic
+from synth_refine._io.atomic import file_hash, write_atomic
 from third_party.parallel import processes
 
 Record: TypeAlias = "dict[str, Any]"

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synth_refine import class_prototypes, refine_labels
-from synth_refine.anchored import HIDDEN, Posterior, anchored_posterior, cross_fit, standardised
-from synth_refine.decide import check_row_order, decide, prototype_classes
+from synth_refine.refine.anchored import HIDDEN, Posterior, anchored_posterior, cross_fit, standardised
+from synth_refine.refine.checks import check_row_order, prototype_classes
+from synth_refine.refine.decide import decide
 
 VOTE_ROWS = 1024  # rows of a block of neighbours
 

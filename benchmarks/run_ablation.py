@@ -35,8 +35,8 @@ from benchmarks.refiners import Evidence
 from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, resolve_config
 from benchmarks.table import figure_of, is_wide, study_table
 from synth_refine import InputError, class_prototypes, refine_labels
-from synth_refine.anchored_shards import anchored_shards
-from synth_refine.files import write_atomic
+from synth_refine._io.atomic import write_atomic
+from synth_refine.scale.anchored import anchored_shards
 
 DISCARDED = -1
 PUBLISHED_FILTER = {"threshold": 0.8, "per_class": 300}  # of the paper's code; its iterative variant is left out
@@ -106,7 +106,7 @@ def over_shards(evidence: Evidence, *, sort: bool = False) -> Tensor:
         np.save(root / "given.npy", evidence.given[order].cpu().numpy())
         paths = (root / "features.npy", root / "given.npy")
         anchors = (evidence.synthetic.cpu().numpy(), evidence.synthetic_labels.cpu().numpy())
-        with patch("synth_refine.anchored_shards.BUCKET_ROWS", 4096):  # several of them, as with millions of images
+        with patch("synth_refine.scale.anchored.BUCKET_ROWS", 4096):  # several of them, as with millions of images
             anchored_shards(*paths, *anchors, root / "out", seed=evidence.seed, shard_rows=4096)
         labels = evidence.given.clone()
         labels[order] = torch.from_numpy(np.load(root / "out" / "labels.npy", allow_pickle=False)).to(labels)

@@ -47,8 +47,8 @@ from benchmarks.records import (
 from benchmarks.refiners import REFINERS, SOFT_REFINERS, Evidence
 from benchmarks.table import table
 from synth_refine import InputError
-from synth_refine.encode import embed_cached
-from synth_refine.files import file_hash
+from synth_refine._io.atomic import file_hash
+from synth_refine.images.embed import embed_cached
 from third_party.parallel import first_process_first, from_first, processes
 
 CONFIGS = Path(__file__).parent / "configs"

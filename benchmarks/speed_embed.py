@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from synth_refine.encode import TorchEncoder, encoder_by_name, timm_encoder
-from synth_refine.images import content_hashes, embed_images, fitted, open_images
+from synth_refine.images.decode import fitted
+from synth_refine.images.embed import content_hashes, embed_images
+from synth_refine.images.encoders import TorchEncoder, encoder_by_name, timm_encoder
+from synth_refine.images.sources import open_images
 
 MODEL = "resnet18"  # small, at the usual 224 pixels; random weights take as long as trained ones
 SMALL_MODEL = "test_resnet"  # half a million weights

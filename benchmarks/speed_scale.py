@@ -25,10 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from synth_refine._check import float_tensor
-from synth_refine.anchored_shards import anchored_shards
-from synth_refine.refine import chunk_rows
-from synth_refine.scale import SHARD_ROWS, cut_shards, make_rule, read_chunks, refine_shards
+from synth_refine._io.check import float_tensor
+from synth_refine.refine.paper import chunk_rows
+from synth_refine.scale.anchored import anchored_shards
+from synth_refine.scale.shards import make_rule, refine_shards
+from synth_refine.scale.tables import SHARD_ROWS, cut_shards, read_chunks
 
 ROWS = (10_000, 100_000, 1_000_000, 10_000_000)  # at 256 features and 1,000 classes
 CLASSES = (10, 100, 1_000, 10_000)  # at 1,000,000 images of 64 features

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine.files import write_atomic
-from synth_refine.generate import render_glyphs
+from synth_refine._io.atomic import write_atomic
+from synth_refine.synthetic.glyphs import render_glyphs
 
 FOLDER = Path(__file__).parent / "glyph_clip"
 

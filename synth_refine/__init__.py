@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from synth_refine._error import InputError
+from synth_refine._io.error import InputError
 
 if TYPE_CHECKING:
-    from synth_refine.prototypes import class_prototypes
-    from synth_refine.refine import Refinement, refine_labels
+    from synth_refine.refine.paper import Refinement, refine_labels
+    from synth_refine.refine.prototypes import class_prototypes
 
 __all__ = ["InputError", "Refinement", "class_prototypes", "refine_labels"]
 __version__ = "0.1.0"
 
-_MODULES = {"Refinement": "refine", "class_prototypes": "prototypes", "refine_labels": "refine"}
+_MODULES = {"Refinement": "refine.paper", "class_prototypes": "refine.prototypes", "refine_labels": "refine.paper"}
 
 
 def __getattr__(name: str) -> object:

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from synth_refine._error import InputError
-from synth_refine.on_ray import ADDRESS_HELP, ENGINE_HELP, ENGINES
+from synth_refine._io.error import InputError
+from synth_refine._io.ray import ADDRESS_HELP, ENGINE_HELP, ENGINES
 
 FINE, BAD_INPUT, INTERRUPTED = 0, 3, 130
 

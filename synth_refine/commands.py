@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import pipeline
-from synth_refine._check import InputError, check_array, check_threshold, check_turned
-from synth_refine.anchored import anchored_posterior
-from synth_refine.anchored_shards import anchored_shards
-from synth_refine.artifact import (
+from synth_refine._io.atomic import check_folder, file_hash
+from synth_refine._io.check import InputError, check_array, check_threshold, check_turned
+from synth_refine._io.csv import csv_bytes
+from synth_refine._io.untrusted import read_npy
+from synth_refine.cli import FINE
+from synth_refine.images.sources import read_classes
+from synth_refine.labels.artifact import (
     Artifact,
     Damaged,
     WrongBase,
@@ -31,16 +34,17 @@ from synth_refine.artifact import (
     versions,
     write_artifact,
 )
-from synth_refine.cli import FINE
-from synth_refine.decide import REASONS, Answer, agreement_doubt, check_row_order, decide, prototype_classes
-from synth_refine.export import export
-from synth_refine.files import check_folder, file_hash, read_npy
-from synth_refine.images import read_classes
-from synth_refine.labels import csv_bytes, read_labels, read_labels_and_ids, write_labels
-from synth_refine.refine import refine_labels
-from synth_refine.report import decided
-from synth_refine.scale import SHARD_ROWS, refine_shards, shards_sample
-from synth_refine.trees import apply_tree, revert_tree
+from synth_refine.labels.export import export
+from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
+from synth_refine.labels.review import decided
+from synth_refine.labels.trees import apply_tree, revert_tree
+from synth_refine.refine.anchored import anchored_posterior
+from synth_refine.refine.checks import agreement_doubt, check_row_order, prototype_classes
+from synth_refine.refine.decide import REASONS, Answer, decide
+from synth_refine.refine.paper import refine_labels
+from synth_refine.scale.anchored import anchored_shards
+from synth_refine.scale.shards import refine_shards
+from synth_refine.scale.tables import SHARD_ROWS, shards_sample
 
 PROBLEM = 1
 ORDER_ROWS = 50_000  # images that are compared with the prototypes, to tell whether labels stand in their order

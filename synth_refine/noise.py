@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from synth_refine._check import Array, InputError, check_array, check_floating, check_labels
+from synth_refine._io.check import Array, InputError, check_array, check_floating, check_labels
 
 Labels = NDArray[np.int64]
 Floats = NDArray[np.float64]

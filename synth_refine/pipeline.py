@@ -30,30 +30,26 @@ import yaml
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from synth_refine._check import InputError, check_threshold
-from synth_refine.anchored import FOLDS, anchored_posterior, fit_head, standardised
-from synth_refine.artifact import Artifact, record, write_artifact
-from synth_refine.decide import (
-    REASONS,
-    Answer,
-    SweepRow,
-    agreement_doubt,
-    calibrate_thresholds,
-    check_row_order,
-    decide,
-    domain_gap,
-    prototype_classes,
-    sweep,
-)
-from synth_refine.encode import Encoder, encoder_by_name
-from synth_refine.files import check_folder, locked, make_folder, open_plain, remove_unfinished, write_atomic
-from synth_refine.generate import PER_CLASS, SDXL_TURBO, TEMPLATES, Generator, generate_images, generator_by_name
-from synth_refine.images import Images, content_hashes, embed_images, open_images, read_classes
-from synth_refine.labels import csv_bytes
-from synth_refine.on_ray import check_engine
-from synth_refine.prototypes import class_prototypes, prototype_quality
-from synth_refine.refine import refine_labels
-from synth_refine.report import Review, write_report
+from synth_refine._io.atomic import check_folder, locked, make_folder, remove_unfinished, write_atomic
+from synth_refine._io.check import InputError, check_threshold
+from synth_refine._io.csv import csv_bytes
+from synth_refine._io.ray import check_engine
+from synth_refine._io.untrusted import open_plain
+from synth_refine.images.embed import content_hashes, embed_images
+from synth_refine.images.encoders import Encoder, encoder_by_name
+from synth_refine.images.sources import Images, open_images, read_classes
+from synth_refine.labels.artifact import Artifact, record, write_artifact
+from synth_refine.refine.anchored import FOLDS, anchored_posterior, fit_head, standardised
+from synth_refine.refine.checks import agreement_doubt, check_row_order, domain_gap, prototype_classes
+from synth_refine.refine.decide import REASONS, Answer, decide
+from synth_refine.refine.paper import refine_labels
+from synth_refine.refine.prototypes import class_prototypes, prototype_quality
+from synth_refine.refine.thresholds import SweepRow, calibrate_thresholds, sweep
+from synth_refine.review.charts import Review
+from synth_refine.review.report import write_report
+from synth_refine.synthetic.generate import PER_CLASS, generate_images, generator_by_name
+from synth_refine.synthetic.jobs import TEMPLATES, Generator
+from synth_refine.synthetic.text_to_image import SDXL_TURBO
 
 HEAD_EPOCHS = 8  # of the head on the given labels, for the paper's rule
 FREE = {

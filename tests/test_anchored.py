@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from synth_refine import InputError
-from synth_refine.anchored import anchored_posterior, bayes, fit_transition, log_likelihood
-from synth_refine.decide import check_row_order, decide, prototype_classes
+from synth_refine.refine.anchored import anchored_posterior, bayes, fit_transition, log_likelihood
+from synth_refine.refine.checks import check_row_order, prototype_classes
+from synth_refine.refine.decide import decide
 
 
 def problem(count=600, classes=4, width=8, noise=0.4, per_class=10, seed=0, shift=1.0, distance=4.0):

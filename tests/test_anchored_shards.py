@@ -22,11 +22,13 @@ from test_anchored import problem
 from test_scale import columns, files
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synth_refine import InputError, anchored_shards, cli
-from synth_refine.anchored import _first_opinion, anchored_posterior, fit_transition, standardised
-from synth_refine.anchored_shards import AnchoredSummary
-from synth_refine.decide import REASONS, decide
-from synth_refine.scale import cut_shards, refine_shards
+from synth_refine import InputError, cli
+from synth_refine.refine.anchored import _first_opinion, anchored_posterior, fit_transition, standardised
+from synth_refine.refine.decide import REASONS, decide
+from synth_refine.scale import anchored as anchored_shards
+from synth_refine.scale.anchored import AnchoredSummary
+from synth_refine.scale.shards import refine_shards
+from synth_refine.scale.tables import cut_shards
 
 
 class Data:
@@ -452,7 +454,7 @@ FORKED = """
 import os, sys
 import numpy as np
 import torch
-from synth_refine import anchored_shards
+from synth_refine.scale import anchored as anchored_shards
 torch.optim.AdamW([torch.zeros(1)])  # imports for seconds, once here instead of in each run
 anchored_shards.BUCKET_ROWS = 64
 root = sys.argv[1]

@@ -21,8 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synth_refine import InputError, files
-from synth_refine.artifact import Artifact, Damaged, WrongBase, WrongIds, read_artifact, record, write_artifact
+from synth_refine import InputError
+from synth_refine._io import atomic
+from synth_refine.labels.artifact import Artifact, Damaged, WrongBase, WrongIds, read_artifact, record, write_artifact
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +212,7 @@ def test_replacing_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", example(0))
-    with files.locked(tmp_path / "a"), pytest.raises(BlockingIOError, match="another process is writing"):
+    with atomic.locked(tmp_path / "a"), pytest.raises(BlockingIOError, match="another process is writing"):
         write_artifact(tmp_path / "a", example(1))
     assert same(read_artifact(tmp_path / "a"), example(0))
 
@@ -359,7 +360,7 @@ def test_a_label_file_killed_at_any_write_is_old_or_new(tmp_path: Path) -> None:
     target = tmp_path / "file"
 
     def write() -> None:
-        with files.write_atomic(target) as file:
+        with atomic.write_atomic(target) as file:
             file.write(b"new" * 1000)
 
     for point in range(1, 100):

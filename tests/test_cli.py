@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from synth_refine import cli, export, scale
-from synth_refine.artifact import read_artifact
-from synth_refine.labels import read_labels, read_labels_and_ids, write_labels
+from synth_refine import cli
+from synth_refine.labels import export
+from synth_refine.labels.artifact import read_artifact
+from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
+from synth_refine.scale import tables
 
 COMMANDS = ("refine", "scale", "apply", "revert", "diff", "export", "verify", "env")
 WRITERS = ("refine", "apply", "revert", "export")
@@ -271,7 +273,7 @@ def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixtu
 
 
 def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
-    from synth_refine.export import _pt, _Rows
+    from synth_refine.labels.export import _pt, _Rows
 
     given = np.load("given.npy")
     Path("human.pt").write_bytes(_pt(_Rows(given, None, Path("human.pt"), None, given, "worse_label")))
@@ -386,7 +388,7 @@ def test_help_and_wrong_usage_wait_for_no_heavy_import() -> None:
 
 def test_what_the_parser_offers_is_what_there_is() -> None:
     assert tuple(export.FORMATS) == cli.FORMATS
-    assert f"({scale.SHARD_ROWS})" in next(line for line in help_of("scale").splitlines() if "per shard" in line)
+    assert f"({tables.SHARD_ROWS})" in next(line for line in help_of("scale").splitlines() if "per shard" in line)
 
 
 def help_of(command: str) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from synth_refine.artifact import record, write_artifact
-from synth_refine.inject import StaleWarning, verify
-from synth_refine.labels import read_labels, write_labels
+from synth_refine.labels.artifact import record, write_artifact
+from synth_refine.labels.files import read_labels, write_labels
+from synth_refine.labels.inject import StaleWarning, verify
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -81,10 +81,10 @@ report.revert()
 }
 
 IMPORTS = """\
-from synth_refine.artifact import read_artifact
-from synth_refine.export import export
-from synth_refine.inject import inject, register, verify
-from synth_refine.labels import read_labels, read_labels_and_ids
+from synth_refine.labels.artifact import read_artifact
+from synth_refine.labels.export import export
+from synth_refine.labels.inject import inject, register, verify
+from synth_refine.labels.files import read_labels, read_labels_and_ids
 """
 
 

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synth_refine import InputError
-from synth_refine.artifact import read_artifact, record, write_artifact
+from synth_refine._io.csv import csv_bytes, read_csv
+from synth_refine._io.untrusted import read_npy, read_pt
 from synth_refine.cli import main
-from synth_refine.files import read_npy, read_pt
-from synth_refine.labels import csv_bytes, read_csv, read_labels, read_labels_and_ids
+from synth_refine.labels.artifact import read_artifact, record, write_artifact
+from synth_refine.labels.files import read_labels, read_labels_and_ids
 
 LABELS = np.array([3, 1, 2, 0] * 50)
 HTML = b"\n <!DOCTYPE html>\n<html><head><title>404</title></head></html>\n"

@@ -7,21 +7,10 @@ import pytest
 import torch
 
 from synth_refine import InputError
-from synth_refine.anchored import Posterior, anchored_posterior
-from synth_refine.decide import (
-    REASONS,
-    Answer,
-    agreement_doubt,
-    calibrate_thresholds,
-    check_row_order,
-    decide,
-    domain_gap,
-    plot_sweep,
-    prototype_classes,
-    row_order,
-    sweep,
-    sweep_table,
-)
+from synth_refine.refine.anchored import Posterior, anchored_posterior
+from synth_refine.refine.checks import agreement_doubt, check_row_order, domain_gap, prototype_classes, row_order
+from synth_refine.refine.decide import REASONS, Answer, decide
+from synth_refine.refine.thresholds import calibrate_thresholds, plot_sweep, sweep, sweep_table
 
 
 def posterior(rows, noise_before=0.5, head=None, skipped=None, recognised=1.0):

@@ -20,18 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from synth_refine import InputError, encode
-from synth_refine.encode import (
-    Preprocess,
-    TorchEncoder,
-    embed_cached,
-    images_hash,
-    load_weights,
-    module_encoder,
-    open_clip_encoder,
-    read_weights,
-    timm_encoder,
-)
+from synth_refine import InputError
+from synth_refine.images import weights as weights_module
+from synth_refine.images.embed import embed_cached, images_hash
+from synth_refine.images.encoders import Preprocess, TorchEncoder, module_encoder, open_clip_encoder, timm_encoder
+from synth_refine.images.weights import load_weights, read_weights
 
 TINY_CLIP: dict[str, Any] = {
     "model_cfg": {
@@ -235,7 +228,7 @@ def test_weights_that_cannot_be_fetched_are_named_in_one_line(monkeypatch: pytes
         raise OSError("no route to the hub\nand many more lines")
 
     monkeypatch.setattr("open_clip.factory.download_pretrained", unreachable)
-    monkeypatch.setattr(encode, "_hub_answers", lambda: True)
+    monkeypatch.setattr(weights_module, "_hub_answers", lambda: True)
     with pytest.raises(
         InputError, match=r"weights: those of ViT-L-14 \(openai\) cannot be had here: .*no route"
     ) as caught:
@@ -284,12 +277,12 @@ def test_a_hub_that_answers_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        with encode.hub_or_cache(True):
+        with weights_module.hub_or_cache(True):
             assert not constants.HF_HUB_OFFLINE
         server.shutdown()
-    with encode.hub_or_cache(True):
+    with weights_module.hub_or_cache(True):
         assert constants.HF_HUB_OFFLINE
-    with encode.hub_or_cache(False):
+    with weights_module.hub_or_cache(False):
         assert not constants.HF_HUB_OFFLINE
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from synth_refine import InputError
-from synth_refine.artifact import Artifact, WrongIds, record
-from synth_refine.export import FORMATS, MissingClass, WrongLength, export
-from synth_refine.labels import read_labels, read_labels_and_ids
+from synth_refine.labels.artifact import Artifact, WrongIds, record
+from synth_refine.labels.export import FORMATS, MissingClass, WrongLength, export
+from synth_refine.labels.files import read_labels, read_labels_and_ids
 
 HYBRIDS = ("cifar10-1-0.35", "cifar10-1-0.70", "cifar10-1-0.35_U_0.3", "cifar10-1-0.35_U_0.6", "cifar10-1-0.35_A_0.3")
 SOME = np.array([3, 1, 2, 0, 1])

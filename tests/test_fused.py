@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from synth_refine import refine, refine_labels
+from synth_refine import refine_labels
+from synth_refine.refine import paper as refine
 
 pytest.importorskip("triton")
 
@@ -48,7 +49,7 @@ def compare(decide):
 
 def interpreted():
     """On the CPU, in a process whose Triton interprets what it would compile."""
-    from synth_refine._fused import best_of_rows
+    from synth_refine.refine._fused import best_of_rows
 
     def decide(features, logits, prototypes, weight):
         with mock.patch.object(refine, "_fused", return_value=best_of_rows) as kernel:
@@ -79,7 +80,7 @@ def test_the_kernel_is_one_that_gpus_can_run(capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from synth_refine._fused import _best_of_row
+    from synth_refine.refine._fused import _best_of_row
 
     pointers = dict.fromkeys(("scores", "logits", "scale", "values"), "*fp32")
     types = {**pointers, "classes": "*i64", "finite": "*i1", "num_classes": "i32", "logits_stride": "i32"}
@@ -105,7 +106,7 @@ def test_the_kernel_on_a_gpu():
 def test_without_triton_a_gpu_takes_the_slower_way():
     refine._fused.cache_clear()
     with (
-        mock.patch.dict(sys.modules, {"synth_refine._fused": None}),
+        mock.patch.dict(sys.modules, {"synth_refine.refine._fused": None}),
         pytest.warns(UserWarning, match="no fused kernel on cuda"),
     ):
         assert refine._fused(torch.device("cuda"), torch.float32, 10) is None

@@ -8,8 +8,9 @@ import torch
 from numpy.testing import assert_array_equal
 from torch.nn import functional as F
 
-from synth_refine import InputError, generate
-from synth_refine.generate import render_glyphs
+from synth_refine import InputError
+from synth_refine.synthetic import glyphs
+from synth_refine.synthetic.glyphs import render_glyphs
 
 pytest.importorskip("matplotlib")
 
@@ -60,8 +61,8 @@ def test_less_detail_is_smoother() -> None:
 
 
 def test_fonts_that_lack_the_sign_or_show_another_are_not_used() -> None:
-    assert not {path.name for path in generate._fonts_with("5")} & generate.OTHER_SIGNS
-    assert 0 < len(generate._fonts_with("☃")) < len(generate._fonts_with("5"))
+    assert not {path.name for path in glyphs._fonts_with("5")} & glyphs.OTHER_SIGNS
+    assert 0 < len(glyphs._fonts_with("☃")) < len(glyphs._fonts_with("5"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
             raise ImportError(name)
         return real_import(name, *rest, **options)  # type: ignore[arg-type]
 
-    generate._charmaps.cache_clear()
+    glyphs._charmaps.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'synth-refine\[bench\]'"):
         render_glyphs("0", 1)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from benchmarks import train_glyph_clip
 from synth_refine import class_prototypes
-from synth_refine.encode import ClipEncoder, open_clip_encoder
-from synth_refine.generate import render_glyphs
+from synth_refine.images.encoders import ClipEncoder, open_clip_encoder
+from synth_refine.synthetic.glyphs import render_glyphs
 
 
 @pytest.fixture(scope="module")

@@ -21,21 +21,11 @@ from PIL import features as pillow
 from torch import Tensor
 
 from synth_refine import InputError
-from synth_refine.encode import Preprocess
-from synth_refine.images import (
-    FORMATS,
-    From,
-    HubRows,
-    TarMembers,
-    content_hashes,
-    decode,
-    decoded_shard,
-    embed_images,
-    fitted,
-    open_images,
-    part_of,
-    read_classes,
-)
+from synth_refine.images.decode import FORMATS, decode, fitted
+from synth_refine.images.embed import content_hashes, decoded_shard, embed_images
+from synth_refine.images.encoders import Preprocess
+from synth_refine.images.readers import From, HubRows, TarMembers, part_of
+from synth_refine.images.sources import open_images, read_classes
 
 RED = (250, 10, 20)
 
@@ -507,8 +497,8 @@ def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch:
             results = map(actor("cpu"), results)
         yield from results
 
-    monkeypatch.setattr("synth_refine.images.on_cluster", on_cluster)
-    monkeypatch.setattr("synth_refine.images.check_engine", lambda _: None)
+    monkeypatch.setattr("synth_refine.images.embed.on_cluster", on_cluster)
+    monkeypatch.setattr("synth_refine.images.embed.check_engine", lambda _: None)
     options: dict[str, Any] = {"shard_rows": 2, "engine": "ray"}
     assert content_hashes(images, **options) == content_hashes(images)
     _, bad = embed_images(Mean(), images, tmp_path / "kept", make=lambda **_: Mean(), **options)
@@ -520,8 +510,8 @@ def test_an_image_that_one_node_alone_cannot_read_has_no_empty_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, "cat/0.png", "cat/1.png", "cat/2.png")
-    monkeypatch.setattr("synth_refine.images.check_engine", lambda _: None)
-    monkeypatch.setattr("synth_refine.images.on_cluster", lambda *_: [(1, [""], "other"), (0, ["", ""], "other")])
+    monkeypatch.setattr("synth_refine.images.embed.check_engine", lambda _: None)
+    monkeypatch.setattr("synth_refine.images.embed.on_cluster", lambda *_: [(1, [""], "other"), (0, ["", ""], "other")])
     with pytest.raises(InputError, match=r"^engine: cat/2\.png cannot be read on node other$"):
         content_hashes(open_images(tmp_path), shard_rows=2, engine="ray")
 
@@ -543,7 +533,7 @@ def test_a_file_that_fails_while_it_is_read_is_a_bad_row(tmp_path: Path, monkeyp
     save(tmp_path, "cat/1.png", "cat/2.png")
     images = open_images(tmp_path)
     monkeypatch.setattr(
-        "synth_refine.images.open_plain",
+        "synth_refine.images.readers.open_plain",
         lambda _, path: (Failing if path.name == "1.png" else io.BytesIO)(path.read_bytes()),
     )
     assert content_hashes(images)[0] == ""

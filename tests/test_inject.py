@@ -21,8 +21,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.datasets import CIFAR10
 
 from synth_refine import InputError, Refinement
-from synth_refine.artifact import WrongBase, WrongIds, record
-from synth_refine.inject import (
+from synth_refine.labels.artifact import WrongBase, WrongIds, record
+from synth_refine.labels.inject import (
     EmptiedClassWarning,
     LengthMismatch,
     NotInjected,
@@ -396,7 +396,7 @@ def test_hugging_face_datasets_are_replaced_not_changed() -> None:
         inject(dataset.remove_columns("label"), given)
 
 
-@pytest.mark.filterwarnings("ignore::synth_refine.inject.EmptiedClassWarning")
+@pytest.mark.filterwarnings("ignore::synth_refine.labels.inject.EmptiedClassWarning")
 def test_a_subset_changes_its_own_images_alone() -> None:
     given = given_labels()
     base = shapes.cifar10(given)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synth_refine import InputError
-from synth_refine.files import write_atomic
-from synth_refine.labels import noise_rate, read_labels, read_labels_and_ids, transition_matrix, write_labels
+from synth_refine._io.atomic import write_atomic
+from synth_refine.labels.files import noise_rate, read_labels, read_labels_and_ids, transition_matrix, write_labels
 
 LABELS = st.lists(st.integers(0, 2**31 - 1), max_size=50)
 # A file name can hold anything but a zero byte and, on disk, half a surrogate pair.

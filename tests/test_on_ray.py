@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from synth_refine import InputError, on_ray
+from synth_refine import InputError
+from synth_refine._io import ray as on_ray
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from adapters.lra_diffusion import GLYPH_CLIP
-from synth_refine import InputError, cli, encode, on_ray, pipeline
-from synth_refine.artifact import Artifact, WrongBase, WrongIds, read_artifact, record
-from synth_refine.encode import encoder_by_name
-from synth_refine.generate import Glyphs, Job
-from synth_refine.images import Images
-from synth_refine.labels import csv_bytes, read_csv
+from synth_refine import InputError, cli, pipeline
+from synth_refine._io import ray as on_ray
+from synth_refine._io.csv import csv_bytes, read_csv
+from synth_refine.images import encoders
+from synth_refine.images.encoders import encoder_by_name
+from synth_refine.images.sources import Images
+from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds, read_artifact, record
+from synth_refine.labels.trees import apply_tree, new_places, revert_tree
 from synth_refine.pipeline import Settings, given_logits, paper_thresholds, run
-from synth_refine.trees import apply_tree, new_places, revert_tree
+from synth_refine.synthetic.glyphs import Glyphs
+from synth_refine.synthetic.jobs import Job
 
 CLASSES = ("A", "O", "X")
 COUNT = 240
@@ -345,7 +348,7 @@ def test_encoders_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert encoder_by_name(str(GLYPH_CLIP)).embed(torch.zeros((1, 3, 32, 32), dtype=torch.uint8)).shape == (1, 64)
     asked: list[tuple[Any, ...]] = []
     for name in ("open_clip_encoder", "timm_encoder"):
-        monkeypatch.setattr(encode, name, lambda *arguments, device: asked.append((*arguments, device)))
+        monkeypatch.setattr(encoders, name, lambda *arguments, device: asked.append((*arguments, device)))
     for name in ("open_clip:ViT-L-14/openai", "open_clip:hf-hub:a/b", "timm:resnet18.a1_in1k"):
         encoder_by_name(name)
     encoder_by_name("timm:resnet18", "w.safetensors", device="cuda")

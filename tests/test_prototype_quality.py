@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from synth_refine import InputError, prototypes
-from synth_refine.prototypes import prototype_quality
+from synth_refine import InputError
+from synth_refine.refine import prototypes
+from synth_refine.refine.prototypes import prototype_quality
 
 
 def images(per_class=20, classes=3, seed=0):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from synth_refine import InputError, class_prototypes, prototypes
+from synth_refine import InputError, class_prototypes
+from synth_refine.refine import prototypes
 
 
 def arrays(dtype=np.float32, images=50, classes=4):

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synth_refine import InputError, Refinement, refine, refine_labels
-from synth_refine.labels import as_labels
+from synth_refine import InputError, Refinement, refine_labels
+from synth_refine.labels.files import as_labels
+from synth_refine.refine import paper as refine
 
 THRESHOLD = 0.45
 

@@ -17,12 +17,15 @@ import pytest
 from PIL import Image
 
 from synth_refine import cli
-from synth_refine._check import InputError
-from synth_refine.artifact import Artifact, WrongBase, WrongIds, read_artifact, record, write_artifact
-from synth_refine.decide import SweepRow
-from synth_refine.labels import csv_bytes, read_labels_and_ids, write_labels
-from synth_refine.prototypes import prototype_quality
-from synth_refine.report import SIDE, Review, decided, write_report
+from synth_refine._io.check import InputError
+from synth_refine._io.csv import csv_bytes
+from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds, read_artifact, record, write_artifact
+from synth_refine.labels.files import read_labels_and_ids, write_labels
+from synth_refine.labels.review import decided
+from synth_refine.refine.prototypes import prototype_quality
+from synth_refine.refine.thresholds import SweepRow
+from synth_refine.review.charts import Review
+from synth_refine.review.report import SIDE, write_report
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -464,7 +467,7 @@ def test_the_policy_stops_what_escaping_would_have_missed(small: Path, browser: 
 
 
 def test_5000_changes_stay_light(visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)
+    monkeypatch.setattr("synth_refine.review.report.EMBEDDED_BYTES", 100)
     review = review_of(15_000, tuple(f"class {number}" for number in range(100)))
     blue = Image.new("RGB", (8, 8), "blue")
     page = write_report(replace(review, image=lambda row: picture(row, 2), synthetic_image=lambda row: blue), tmp_path)
@@ -540,7 +543,7 @@ def test_dark_and_light_by_system_and_by_switch(small: Path, visit: Callable[...
 
 
 def test_the_same_review_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)  # thumbnails go beside the page
+    monkeypatch.setattr("synth_refine.review.report.EMBEDDED_BYTES", 100)  # thumbnails go beside the page
     write_report(review_of(), tmp_path / "a")
     write_report(review_of(90), tmp_path / "b")
     write_report(review_of(), tmp_path / "b")  # thumbnails of the page before go
@@ -556,7 +559,7 @@ def test_the_same_review_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_killed_before_the_end_the_old_page_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)
+    monkeypatch.setattr("synth_refine.review.report.EMBEDDED_BYTES", 100)
     page = write_report(review_of(), tmp_path)
     before = page.read_bytes()
     pictures = set((tmp_path / "thumbnails").iterdir())
@@ -564,8 +567,8 @@ def test_killed_before_the_end_the_old_page_stays(tmp_path: Path, monkeypatch: p
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("synth_refine.report._Pictures.remove_others", stop)
-    monkeypatch.setattr("synth_refine.report._flows", stop)
+    monkeypatch.setattr("synth_refine.review.report._Pictures.remove_others", stop)
+    monkeypatch.setattr("synth_refine.review.report._flows", stop)
     with pytest.raises(KeyboardInterrupt):
         write_report(review_of(90, prefix="other/"), tmp_path)
     assert page.read_bytes() == before
@@ -575,7 +578,7 @@ def test_killed_before_the_end_the_old_page_stays(tmp_path: Path, monkeypatch: p
 def test_a_picture_that_cannot_be_read_is_said_and_no_camera_notes_get_in(
     visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("synth_refine.report.EMBEDDED_BYTES", 100)
+    monkeypatch.setattr("synth_refine.review.report.EMBEDDED_BYTES", 100)
     review = review_of(30)
     bad = changed(review)[0]
 

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from synth_refine import InputError, cli, refine_labels, scale
-from synth_refine.files import locked
-from synth_refine.labels import read_labels
-from synth_refine.scale import refine_shards
+from synth_refine import InputError, cli, refine_labels
+from synth_refine._io.atomic import locked
+from synth_refine.labels.files import read_labels
+from synth_refine.scale import shards as scale
+from synth_refine.scale.shards import refine_shards
 
 ROWS, WIDTH, CLASSES = 250, 8, 6
 SIZES = (60, 100, 90)
@@ -289,7 +290,7 @@ def test_labels_in_another_order_are_doubted(tmp_path: Path, capsys: pytest.Capt
 FORKED = """
 import os, sys, time
 import numpy as np
-from synth_refine.scale import refine_shards
+from synth_refine.scale.shards import refine_shards
 fsync = os.fsync
 def slow(descriptor):  # stretches the moments in which a crash could do harm
     time.sleep(0.001)

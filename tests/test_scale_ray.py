@@ -23,11 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks import kill_ray
-from synth_refine import InputError, images, scale
-from synth_refine.encode import Preprocess, TorchEncoder
-from synth_refine.images import embed_images, embedder, open_images
-from synth_refine.on_ray import on_cluster
-from synth_refine.scale import refine_shards
+from synth_refine import InputError
+from synth_refine._io.ray import on_cluster
+from synth_refine.images import embed
+from synth_refine.images.embed import embed_images, embedder
+from synth_refine.images.encoders import Preprocess, TorchEncoder
+from synth_refine.images.sources import open_images
+from synth_refine.scale import shards as scale
+from synth_refine.scale.shards import refine_shards
 
 pytestmark = [
     pytest.mark.slow,
@@ -186,7 +189,7 @@ def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_a_worker_is_k
         asked.append([number for number, _, _ in items])
         return on_cluster(items, *rest, **more)
 
-    monkeypatch.setattr(images, "on_cluster", watched)
+    monkeypatch.setattr(embed, "on_cluster", watched)
 
     gate = tmp_path / "gate"
     options |= {"engine": "ray", "device": "cpu", "make": tiny("weights.safetensors", gate)}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from synth_refine.encode import module_encoder
+from synth_refine.images.encoders import module_encoder
 from third_party import loop, simclr
 from third_party.resnet import embed
 from third_party.simclr import Config, knn_accuracy, nt_xent, random_view

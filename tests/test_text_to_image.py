@@ -18,9 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from synth_refine import InputError, encode, generate
-from synth_refine.files import file_hash
-from synth_refine.generate import Glyphs, Job, TextToImage, generate_images, generator_by_name, render_glyphs
+from synth_refine import InputError
+from synth_refine._io.atomic import file_hash
+from synth_refine.images import weights
+from synth_refine.synthetic import generate
+from synth_refine.synthetic.generate import generate_images, generator_by_name
+from synth_refine.synthetic.glyphs import Glyphs, render_glyphs
+from synth_refine.synthetic.jobs import Job
+from synth_refine.synthetic.text_to_image import TextToImage
 
 CLASSES = {"cat": "tabby cat", "dog": "dog"}
 
@@ -393,7 +398,7 @@ def test_a_model_without_a_network_is_looked_for_in_the_cache(
 ) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(encode, "_hub_answers", lambda: False)
+    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
     why = "model: owner/name cannot be had here: not in the cache, and the hub cannot be reached; fetch its folder"
     with pytest.raises(InputError, match=why):
         TextToImage("owner/name").load()

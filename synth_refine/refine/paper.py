@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine._check import (
+from synth_refine._io.check import (
     Array,
     ArrayT,
     InputError,
@@ -235,7 +235,7 @@ def _fused(device: torch.device, dtype: torch.dtype, num_classes: int) -> Fused 
     if device.type != "cuda" or dtype != torch.float32:
         return None
     try:
-        from synth_refine._fused import MOST_CLASSES, best_of_rows
+        from synth_refine.refine._fused import MOST_CLASSES, best_of_rows
 
         if num_classes > MOST_CLASSES:
             return None

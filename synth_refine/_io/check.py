@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synth_refine._error import InputError as InputError
+from synth_refine._io.error import InputError as InputError
 
 Array: TypeAlias = "NDArray[Any] | Tensor"
 ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)

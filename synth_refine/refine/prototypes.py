@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine._check import (
+from synth_refine._io.check import (
     Array,
     ArrayT,
     InputError,

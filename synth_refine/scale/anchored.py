@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine._check import Array, InputError, float_tensor, label_tensor
-from synth_refine.anchored import (
+from synth_refine._io.atomic import locked, make_folder, remove_unfinished, write_atomic
+from synth_refine._io.check import Array, InputError, float_tensor, label_tensor
+from synth_refine.refine.anchored import (
     ANCHOR_WEIGHT,
     COMPONENTS,
     COVARIANCE_ROWS,
@@ -60,23 +61,19 @@ from synth_refine.anchored import (
     scales,
     sharpness,
 )
-from synth_refine.decide import REASONS, RECOGNISED, ROWS_PER_CLASS, SOFTENING, check_row_order, default_margin, winners
-from synth_refine.files import locked, make_folder, remove_unfinished, write_atomic
-from synth_refine.refine import best_classes, chunk_rows
-from synth_refine.scale import (
-    FORMAT,
+from synth_refine.refine.checks import ROWS_PER_CLASS, check_row_order
+from synth_refine.refine.decide import REASONS, RECOGNISED, SOFTENING, default_margin, winners
+from synth_refine.refine.paper import best_classes, chunk_rows
+from synth_refine.scale.shards import FORMAT, TOP, Summary, settle_config, write_shards
+from synth_refine.scale.tables import (
     SHARD_ROWS,
-    TOP,
     Shard,
-    Summary,
     cut_shards,
     digest,
     input_digests,
     read_chunks,
     read_given,
-    settle_config,
     shard_table,
-    write_shards,
 )
 
 if TYPE_CHECKING:

@@ -21,8 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synth_refine._check import Array, InputError, check_array
-from synth_refine._stores import (
+from synth_refine._io.check import Array, InputError, check_array
+from synth_refine._io.csv import check_unique
+from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds
+from synth_refine.labels.files import as_labels
+from synth_refine.labels.stores import (
     ITEM_KEYS,
     AttributeStore,
     ColumnStore,
@@ -35,9 +38,7 @@ from synth_refine._stores import (
     is_integer,
     register,
 )
-from synth_refine.artifact import Artifact, WrongBase, WrongIds
-from synth_refine.labels import as_labels, check_unique
-from synth_refine.refine import Refinement
+from synth_refine.refine.paper import Refinement
 
 __all__ = [
     "EmptiedClassWarning",

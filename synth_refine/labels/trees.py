@@ -10,11 +10,11 @@ import os
 import shutil
 from pathlib import Path, PurePosixPath
 
-from synth_refine._check import InputError, check_folder_name
-from synth_refine.artifact import Artifact
-from synth_refine.files import sync_folder, write_atomic
-from synth_refine.images import open_images
-from synth_refine.labels import check_unique, csv_bytes, read_csv
+from synth_refine._io.atomic import sync_folder, write_atomic
+from synth_refine._io.check import InputError, check_folder_name
+from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine.images.sources import open_images
+from synth_refine.labels.artifact import Artifact
 
 
 def apply_tree(

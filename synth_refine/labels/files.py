@@ -1,17 +1,10 @@
-"""Label files, and how wrong labels are.
-
-Letters in shapes: N images, C classes.
-"""
+"""Label files: .npy, .csv and CIFAR-N's .pt in, (N,) int64 out, and back."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +12,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from synth_refine._check import Array, InputError, check_array, check_labels
-from synth_refine.files import open_plain, read_npy, read_pt, what_is, write_atomic
+from synth_refine._io.atomic import write_atomic
+from synth_refine._io.check import Array, InputError, check_array, check_labels
+from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine._io.untrusted import read_npy, read_pt
 
 MAX_CLASS = 2**31 - 1
 """No class index is larger; labels of the wrong byte order are."""
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""A spreadsheet runs a cell that begins with one of these."""
 
 
 def read_labels(path: str | os.PathLike[str], *, key: str | None = None) -> NDArray[np.int64]:
@@ -171,74 +163,6 @@ def _pair(
     truth = as_labels("true_labels", true_labels, num_classes)
     check_array("true_labels", truth, values.shape)
     return values, truth
-
-
-def check_unique(name: str, ids: Sequence[str]) -> None:
-    """Refuse ids of which one occurs twice."""
-    if len(set(ids)) != len(ids):
-        [(first, count)] = Counter(ids).most_common(1)
-        raise InputError(f"{name}: expected every id once, got {first!r} {count} times")
-
-
-def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Read a .csv file into one list of cells per column, in the order of its rows.
-
-    UTF-8 with or without a byte-order mark, with either line ending. A last line without a line ending is refused,
-    because a truncated file looks like that. An apostrophe that `csv_bytes` put before a formula is taken off.
-
-    Raises:
-        InputError: The file is something else (the message says what), not UTF-8, truncated, or not a table.
-    """
-    with open_plain(name, path) as file:
-        data = file.read()
-    if kind := what_is(data[:512]):
-        raise InputError(f"{name}: expected a .csv file, but {path} is {kind}")
-    if b"\0" in data:
-        raise InputError(f"{name}: expected a .csv file, but {path} holds zero bytes")
-    if not data.endswith((b"\n", b"\r")):
-        raise InputError(f"{name}: {path} is truncated: its last line has no line ending (add one if it is complete)")
-    try:
-        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{name}: {path} is no UTF-8 table: {error}") from error
-    header = rows[0]
-    if len(set(header)) != len(header):
-        raise InputError(f"{name}: expected every column once in {path}, got {', '.join(header)}")
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(header):
-            raise InputError(f"{name}: expected {len(header)} cells in row {number} of {path}, got {len(row)}")
-    return {column: [_unescape(row[place]) for row in rows[1:]] for place, column in enumerate(header)}
-
-
-def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:
-    """Columns of equal length as a .csv file that a spreadsheet runs nothing of; `read_csv` reads it back.
-
-    A text that begins with = + - @ (or with a tab, a carriage return or an apostrophe) gets an apostrophe before it,
-    and NaN is an empty cell.
-
-    Raises:
-        InputError: A text that UTF-8 cannot write.
-    """
-    text = io.StringIO(newline="")
-    # Every text is quoted: before Python 3.13 a lone carriage return would otherwise stand bare and split the row.
-    table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    table.writerow(columns)
-    table.writerows([_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True))
-    try:
-        return text.getvalue().encode()
-    except UnicodeEncodeError as error:
-        shown = error.object[error.start]
-        raise InputError(f"ids: expected text that UTF-8 can write, got the character {shown!r}") from error
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, str):
-        return f"'{value}" if value.startswith((*FORMULA, "'")) else value
-    return "" if isinstance(value, float) and math.isnan(value) else value
-
-
-def _unescape(cell: str) -> str:
-    return cell[1:] if cell[:1] == "'" and cell[1:].startswith((*FORMULA, "'")) else cell
 
 
 def _parse_labels(path: str | os.PathLike[str], cells: list[str]) -> NDArray[np.int64]:

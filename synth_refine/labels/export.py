@@ -20,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synth_refine._check import Array, InputError, check_array
-from synth_refine.artifact import Artifact, WrongIds
-from synth_refine.files import write_atomic
-from synth_refine.labels import as_labels, check_unique, csv_bytes
+from synth_refine._io.atomic import write_atomic
+from synth_refine._io.check import Array, InputError, check_array
+from synth_refine._io.csv import check_unique, csv_bytes
+from synth_refine.labels.artifact import Artifact, WrongIds
+from synth_refine.labels.files import as_labels
 
 
 class WrongLength(InputError):

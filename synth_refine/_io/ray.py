@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from synth_refine._error import InputError
+from synth_refine._io.error import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa

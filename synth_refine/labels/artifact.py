@@ -27,9 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import __version__
-from synth_refine._check import Array, InputError, check_array
-from synth_refine.files import file_hash, locked, make_folder, open_plain, read_npy, sync_folder, write_atomic
-from synth_refine.labels import as_labels, check_unique, csv_bytes, labels_hash, read_csv
+from synth_refine._io.atomic import file_hash, locked, make_folder, sync_folder, write_atomic
+from synth_refine._io.check import Array, InputError, check_array
+from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine._io.untrusted import open_plain, read_npy
+from synth_refine.labels.files import as_labels, labels_hash
 
 FORMAT = 1
 NAMES = ("labels.npy", "changes.csv", "ids.csv")

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from synth_refine._check import InputError
-from synth_refine.artifact import WrongIds
-from synth_refine.labels import as_labels
+from synth_refine._io.check import InputError
+from synth_refine.labels.artifact import WrongIds
+from synth_refine.labels.files import as_labels
 
 METHODS = ("update_corrupted_label", "update_label", "update_labels")
 """Methods with which a dataset takes new labels: PLC's, LRA-diffusion's."""
@@ -81,7 +81,7 @@ def register(kind: type, adapter: Callable[[Any], Labelled]) -> None:
         ...         self.pairs[:] = [(image, int(y)) for (image, _), y in zip(self.pairs, labels)]
         >>> register(Pairs, PairLabels)
         >>> pairs = Pairs([("a.png", 0), ("b.png", 1), ("c.png", 1)])
-        >>> from synth_refine.inject import inject
+        >>> from synth_refine.labels.inject import inject
         >>> inject(pairs, np.array([0, 0, 1])).changed
         1
         >>> pairs

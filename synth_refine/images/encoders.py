@@ -1,8 +1,6 @@
-"""Frozen encoders behind one protocol, and their features on disk.
+"""Frozen encoders behind one protocol: (N, 3, H, W) uint8 in, (N, D) float32 out.
 
-An encoder maps images to features and has an `id` that changes with its weights and its preprocessing. `embed_cached`
-keeps features under that id and the hash of the images, so that what is read is never stale, and goes on where an
-interrupted run stopped. Weights from files are read without unpickling: safetensors, or torch's weights-only reader.
+An encoder has an `id` that changes with its weights and its preprocessing.
 
 Letters in shapes: N images, H x W pixels, D features, C classes.
 """
@@ -11,32 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine._check import InputError, check_array
-from synth_refine.files import file_hash, open_plain, read_npy, what_is, write_atomic
+from synth_refine._io.check import InputError, check_array
+from synth_refine.images.weights import _unfetched, _weights_in, hub_or_cache, load_weights
 
 TEMPLATES = ("A photo of {}.", "a photo of a {}.", "a picture of a {}.", "a blurry photo of a {}.")
 """Prompts that text prototypes are averaged over; {} is the class name."""
-
-SHARD_ROWS = 4096
-CONNECT_SECONDS = 5  # until the hub counts as unreachable
-UNREACHABLE = "not in the cache, and the hub cannot be reached"
 
 
 class Encoder(Protocol):
@@ -188,9 +175,6 @@ def check_images(images: object) -> None:
         raise InputError(f"images: expected a torch tensor of uint8, got {getattr(images, 'dtype', type(images))}")
 
 
-# ---- encoders ----
-
-
 def module_encoder(
     name: str, module: nn.Module, weights: Path | str | None = None, *, normalise: bool = False
 ) -> TorchEncoder:
@@ -325,247 +309,3 @@ def encoder_by_name(name: str, weights: Path | str | None = None, *, device: tor
             f"encoder: expected open_clip:MODEL/TAG, timm:MODEL or a folder with open_clip_config.json, got {name!r}"
         )
     return open_clip_encoder(name, weights, device=device)
-
-
-# ---- weights ----
-
-
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a file that torch's weights-only reader takes.
-
-    Args:
-        path: A state dict, or a training checkpoint with one under "state_dict" or "model"; "module." in front of every
-            name is dropped.
-
-    Raises:
-        InputError: Missing, truncated, damaged, a pickle that asks for more than tensors, or not finite.
-    """
-    with open_plain("weights", path) as file:
-        head = file.read(512)
-    is_torch = head.startswith(b"PK\x03\x04")
-    is_safetensors = head[8:9] == b"{"  # behind the header's length, which may look like the beginning of anything
-    kind = None if is_torch or is_safetensors else what_is(head)
-    if kind is not None:
-        raise InputError(f"weights: expected safetensors or a torch state dict, but {path} is {kind}")
-    try:
-        content: Any = torch.load(path, "cpu", weights_only=True) if is_torch else load_file(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"weights: {path} cannot be read safely as weights: {_first_line(error)}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"weights: expected a dict of tensors in {path}")
-    for name, value in content.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise InputError(f"weights: {name} in {path} holds NaN or infinity")
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    weights: dict[str, Tensor] = content
-    return weights
-
-
-def load_weights(module: nn.Module, path: Path | str, loader: Any = None, keep: set[str] | None = None) -> None:
-    """Put the weights of a file into a network; every name and shape must fit.
-
-    Args:
-        module: The network.
-        path: See `read_weights`, which looks at the file first in any case.
-        loader: open_clip's loader, which knows other names for the same weights; called as loader(module, path).
-        keep: Names to take from the file, which may hold more, such as the head of a classifier.
-
-    Raises:
-        InputError: As `read_weights`, or the weights belong to another network.
-    """
-    weights = read_weights(path)
-    try:
-        if loader is not None:
-            loader(module, str(path), weights_only=True)
-        else:
-            module.load_state_dict({name: value for name, value in weights.items() if keep is None or name in keep})
-    except Exception as error:  # conversions of foreign names may fail in any way
-        raise InputError(f"weights: {path} does not fit {type(module).__name__}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first concrete complaint of torch's long message about weights that do not fit."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 and lines[0].startswith("Error") else _first_line(error))[:200]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _weights_in(folder: Path) -> Path:
-    """The weights of a local open_clip folder."""
-    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"model: expected open_clip_model.safetensors beside open_clip_config.json in {folder}")
-
-
-@contextmanager
-def hub_or_cache(asked: bool) -> Iterator[None]:
-    """Let a library load from the Hugging Face hub, or from the cache alone where the hub cannot be reached.
-
-    It would try for a minute, with a warning for every attempt; those are kept away, and those about "no weights" for
-    weights that are loaded a line later. What goes wrong is raised in any case.
-
-    Args:
-        asked: Whether it may have to ask the hub.
-    """
-    from huggingface_hub import constants
-
-    loggers = [logging.getLogger(name) for name in ("", "huggingface_hub", "diffusers")]
-    before = [logger.level for logger in loggers], constants.HF_HUB_OFFLINE
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        # The same as the environment variable of this name, which is read once, before anybody can know.
-        constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or (asked and not _hub_answers())
-        yield
-    finally:
-        levels, constants.HF_HUB_OFFLINE = before
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _hub_answers() -> bool:
-    """Whether there is a way to the hub; any answer of it will do."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
-    except Exception:  # a name that is not known, no route, no answer in time, no trust, depending on the client
-        return False
-    return True
-
-
-def not_in_cache(error: BaseException | None) -> bool:
-    """Whether something failed because it is not in the cache and the hub was not, or could not be, asked."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    while error is not None:
-        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _unfetched(model: str, weights: object, error: Exception) -> str:
-    """What to give where weights could not be had."""
-    source = model
-    try:
-        from open_clip.pretrained import get_pretrained_cfg  # type: ignore[import-untyped]
-
-        source = get_pretrained_cfg(model, str(weights)).get("hf_hub", "").rstrip("/") or model
-    except ImportError:
-        pass
-    tag = f" ({weights})" if weights is not None else ""
-    why = UNREACHABLE if not_in_cache(error) else _first_line(error)
-    return (
-        f"weights: those of {model}{tag} cannot be had here: {why}; fetch the safetensors file of {source} from the "
-        f"Hugging Face hub elsewhere and give its path as `weights`, or name a local folder as the encoder"
-    )
-
-
-# ---- features on disk ----
-
-
-def images_hash(images: Tensor) -> str:
-    """SHA-256 of the shape, the type and every byte of a tensor."""
-    digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
-    for part in torch.split(images, SHARD_ROWS):
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, shard_rows: int = SHARD_ROWS) -> Tensor:
-    """Features from disk, computed and kept where they are missing.
-
-    They lie in a folder named by the encoder's id and the images' hash, in shards that are written whole or not at all
-    and listed with their checksums. So another encoder or other images never meet features that are not theirs, an
-    interrupted run goes on behind the last shard, and a damaged shard is computed again.
-
-    Args:
-        encoder: The encoder.
-        images: (N, 3, H, W) uint8.
-        folder: Where the features of all encoders are kept; made if it is missing.
-        shard_rows: Images per shard.
-
-    Returns:
-        (N, D) float32, on the device of `images`.
-
-    Raises:
-        InputError: As the encoder's `embed`.
-    """
-    check_images(images)
-    if shard_rows < 1:
-        raise InputError(f"shard_rows: expected 1 or more, got {shard_rows}")
-    about = {"encoder": encoder.id, "images": images_hash(images), "shard_rows": shard_rows}
-    parts = torch.split(images, shard_rows)
-
-    def compute(missing: list[int]) -> Iterator[tuple[int, Tensor]]:
-        for number in tqdm(missing, "embedding", disable=None, leave=False):
-            yield number, encoder.embed(parts[number]).cpu()
-
-    return kept_shards(folder, about, [len(part) for part in parts], compute).to(images.device)
-
-
-def kept_shards(
-    folder: Path | str | os.PathLike[str],
-    about: dict[str, Any],
-    counts: Sequence[int],
-    compute: Callable[[list[int]], Iterator[tuple[int, Tensor]]],
-) -> Tensor:
-    """Features from the shards on disk; what is missing there or damaged is computed and kept.
-
-    Args:
-        folder: Where the features of all encoders and images are kept; made if it is missing.
-        about: All that the features depend on, as JSON takes it; it names their folder.
-        counts: Rows of each shard.
-        compute: Gives the features of the shards of these numbers, with the number of each, in any order.
-
-    Returns:
-        The features of all shards, (N, D) float32, on the CPU.
-
-    Raises:
-        RuntimeError: A shard did not come.
-    """
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
-    place = Path(folder) / f"features-{key}"
-    place.mkdir(parents=True, exist_ok=True)
-    listed = _listed(place / "manifest.json", about)
-    names = [f"shard-{number:05d}.npy" for number in range(len(counts))]
-    found = [_shard(place / name, listed.get(name), rows) for name, rows in zip(names, counts, strict=True)]
-    missing = [number for number, features in enumerate(found) if features is None]
-    for number, features in compute(missing):
-        with write_atomic(place / names[number]) as file:
-            np.save(file, features.numpy(), allow_pickle=False)
-        listed[names[number]] = file_hash(place / names[number])
-        with write_atomic(place / "manifest.json") as file:
-            file.write(json.dumps({**about, "shards": dict(sorted(listed.items()))}, indent=1).encode())
-        found[number] = features
-    whole = [features for features in found if features is not None]
-    if len(whole) < len(found):
-        raise RuntimeError(f"compute: expected {len(found)} shards, got {len(whole)}")
-    return torch.cat(whole)
-
-
-def _listed(manifest: Path, about: dict[str, Any]) -> dict[str, str]:
-    """Checksums of finished shards by name; none where the manifest is missing, damaged or about something else."""
-    try:
-        content = json.loads(manifest.read_bytes())
-        shards = content.pop("shards")
-        return dict(shards) if content == about else {}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return {}
-
-
-def _shard(path: Path, checksum: str | None, rows: int) -> Tensor | None:
-    """A finished shard, or None where it is missing or not what was written."""
-    if checksum is None or not path.is_file() or file_hash(path) != checksum:
-        return None
-    features = torch.from_numpy(np.array(read_npy("features", path)))
-    return features if len(features) == rows else None

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine._check import (
+from synth_refine._io.check import (
     Array,
     ArrayT,
     InputError,

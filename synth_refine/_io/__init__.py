@@ -1,0 +1,1 @@
+"""What all stages share: reading what users give, writing whole files, errors, Ray."""

@@ -1,0 +1,1 @@
+"""Labels on their way in and out: files, artifacts, exports, datasets in memory."""

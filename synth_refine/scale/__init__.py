@@ -1,0 +1,1 @@
+"""The refiners over shards: more images than fit into memory."""
