@@ -30,7 +30,7 @@ def test_resnet34_strides_reach_four_by_four_at_32_pixels() -> None:
 
 def test_normalisation_is_torchvisions() -> None:
     pixels = random_pixels()
-    network = ResNet(3, (4, 4, 4, 4), (1, 1, 1, 1))
+    network = ResNet(3, (8, 8, 8, 8), (1, 1, 1, 1))
     expected = normalize(pixels.float() / 255, *map(list, STATISTICS["cifar10"]))
     assert torch.allclose((pixels - network.mean) / network.std, expected, atol=1e-5)
 
