@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING
 from synth_refine._io.error import InputError
 
 if TYPE_CHECKING:
-    from synth_refine.refine.paper import Refinement, refine_labels
+    from synth_refine.refine.anchored import refine_anchored
+    from synth_refine.refine.paper import refine_labels
     from synth_refine.refine.prototypes import class_prototypes
+    from synth_refine.refine.result import Refinement
 
-__all__ = ["InputError", "Refinement", "class_prototypes", "refine_labels"]
+__all__ = ["InputError", "Refinement", "class_prototypes", "refine_anchored", "refine_labels"]
 __version__ = "0.1.0"
 
-_MODULES = {"Refinement": "refine.paper", "class_prototypes": "refine.prototypes", "refine_labels": "refine.paper"}
+_MODULES = {
+    "Refinement": "refine.result",
+    "class_prototypes": "refine.prototypes",
+    "refine_anchored": "refine.anchored",
+    "refine_labels": "refine.paper",
+}
 
 
 def __getattr__(name: str) -> object:

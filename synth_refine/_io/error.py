@@ -1,5 +1,13 @@
-"""The one error for bad input; it stands alone, so that the command line can name it without importing torch."""
+"""The errors of this package: each is raised for input that cannot be used, in one line."""
 
 
 class InputError(ValueError):
-    """Bad input. The one-line message names the argument, what was expected and what came."""
+    """An argument has the wrong kind, type, shape, range or content."""
+
+
+class WrongBase(InputError):
+    """The labels at hand are not the ones that were refined."""
+
+
+class WrongIds(InputError):
+    """The ids of labels and images do not belong together."""

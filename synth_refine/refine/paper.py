@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,10 +23,10 @@ from synth_refine._io.check import (
     InputError,
     check_array,
     check_floating,
-    check_labels,
     check_turned,
     float_tensor,
 )
+from synth_refine.refine.result import Reason, Refinement
 
 CHUNK_ELEMENTS = 1 << 21
 """Scores held at once, rows times classes: large enough for a fast matrix product, small enough for the cache. No more
@@ -39,57 +40,23 @@ CACHED_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
-class Refinement:
-    """What a refiner decided, kept apart from its application.
+class PaperDiagnostics:
+    """What the paper's rule used.
 
     Attributes:
-        labels: The best class of each image, (N,) int64; -1 where the image could not be scored.
-        confidence: Its score, (N,); NaN where the image could not be scored.
-        accepted: Whether the score reaches the threshold, (N,) bool.
-        ties: Image and class of every score that equals the best one, (K, 2); only images with several best classes.
+        weight: Weight of the cosine; 1 without a classifier.
+        thresholds: Smallest score at which a label is replaced by each class, (C,) float64.
+        warnings: What the checks of `front.refine` doubt, a line each.
     """
 
-    labels: Array
-    confidence: Array
-    accepted: Array
-    ties: Array = field(repr=False)
-
-    @property
-    def skipped(self) -> int:
-        """Number of images that could not be scored: a non-finite feature or logit, or a feature of length zero."""
-        return int((self.labels < 0).sum())
-
-    def apply(self, given: ArrayT) -> ArrayT:
-        """The refined labels: the best class where accepted, the given label elsewhere. `given` is left as it is.
-
-        Args:
-            given: Given labels, (N,) integers, of the same kind (NumPy or torch) as the inputs of the refinement.
-
-        Raises:
-            InputError: `given` has another length or kind.
-
-        Example:
-            >>> rule = Refinement(*map(np.array, ([1, 0], [0.9, 0.2], [True, False])), ties=np.empty((0, 2), np.int64))
-            >>> rule.apply(np.array([0, 2]))
-            array([1, 2])
-        """
-        check_labels("given", given)
-        check_array("given", given, tuple(self.labels.shape))
-        if isinstance(given, Tensor) != isinstance(self.labels, Tensor):
-            kinds = ("torch tensor", "NumPy array")
-            wanted, found = kinds if isinstance(self.labels, Tensor) else kinds[::-1]
-            raise InputError(f"given: expected a {wanted} like the refinement, got a {found}")
-        keep = ~self.accepted
-        rows, classes = self.ties[:, 0], self.ties[:, 1]
-        keep[rows[given[rows] == classes]] = True  # the given label is one of the best: nothing to correct
-        if isinstance(given, Tensor):
-            return torch.where(torch.as_tensor(keep), given, torch.as_tensor(self.labels).to(given.dtype))
-        return np.where(keep, given, np.asarray(self.labels).astype(given.dtype))
+    weight: float
+    thresholds: NDArray[np.float64]
+    warnings: tuple[str, ...] = ()
 
 
 def refine_labels(
     features: ArrayT,
-    logits: ArrayT,
+    logits: ArrayT | None,
     prototypes: ArrayT,
     threshold: float | Sequence[float] | Array,
     *,
@@ -104,13 +71,14 @@ def refine_labels(
 
     Args:
         features: Features of the real images, (N, D), float16 to float64.
-        logits: Classifier outputs for the same images in the same order, (N, C).
+        logits: Classifier outputs for the same images in the same order, (N, C). None where there is no classifier: the
+            score is then the cosine.
         prototypes: Mean feature of each class's synthetic images, (C, D); see `class_prototypes`.
         threshold: Smallest score at which a label is replaced, in [-0.5, 1] for the default weight; one number, or
-            one per class, (C,). The paper's code uses 0.6.
+            one per class, (C,). The authors' code uses 0.6; tune it for your encoder.
         weight: Weight of the cosine, in [0, 1]; the softmax has the rest. The paper's is 0.5.
         strict: Raise for an image that cannot be scored (non-finite, or a feature of length zero); by default it
-            keeps its label and is counted in `Refinement.skipped`.
+            keeps its label and is counted in `Refinement.unscored`.
 
     Returns:
         The decision, NumPy for NumPy inputs and torch, on the device of `features`, for torch inputs.
@@ -124,49 +92,69 @@ def refine_labels(
         >>> decision.apply(torch.tensor([1, 1])).tolist()
         [0, 1]
     """
-    check_array("features", features, ("N", "D"))
-    check_array("logits", logits, ("N", "C"))
-    check_turned("features", features, logits.shape[0])
-    check_array("logits", logits, (features.shape[0], "C"))
-    check_array("prototypes", prototypes, (logits.shape[1], features.shape[1]))
-    for name, value in (("features", features), ("logits", logits), ("prototypes", prototypes)):
-        check_floating(name, value)
-        if isinstance(value, Tensor) != isinstance(features, Tensor):
-            raise InputError(f"{name}: expected {type(features).__name__} like features, got {type(value).__name__}")
-    num_images, num_classes = logits.shape
-    if num_classes == 0 or features.shape[1] == 0:
-        raise InputError(f"prototypes: expected at least one class and one feature, got {tuple(prototypes.shape)}")
-    if not 0 <= weight <= 1:
-        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
-
+    weight = 1.0 if logits is None else weight
+    num_images, num_classes = _checked_shape(features, logits, prototypes, weight)
+    arrays = [features, prototypes] + ([] if logits is None else [logits])
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-    double = any(str(value.dtype).endswith("float64") for value in (features, logits, prototypes))
+    double = any(str(value.dtype).endswith("float64") for value in arrays)
     dtype = torch.float64 if double else torch.float32
-    limits = class_thresholds(threshold, num_classes).to(device, dtype)
+    thresholds = class_thresholds(threshold, num_classes)
     directions = prototype_directions(prototypes, dtype, device).T * weight  # (D, C)
 
-    labels = torch.empty(num_images, dtype=torch.int64, device=device)
-    confidence = torch.empty(num_images, dtype=dtype, device=device)
+    proposed = torch.empty(num_images, dtype=torch.int64, device=device)
+    best = torch.full((num_images, 2), torch.nan, dtype=dtype, device=device)
     ties = [torch.empty((0, 2), dtype=torch.int64, device=device)]
     elements = GPU_CHUNK_ELEMENTS if _fused(device, dtype, num_classes) else CHUNK_ELEMENTS
     step = chunk_rows(num_classes, features.shape[1], elements)
     with torch.no_grad():
         for start in range(0, num_images, step):
             rows = slice(start, start + step)
-            chunk, outputs = float_tensor(features[rows], dtype, device), float_tensor(logits[rows], dtype, device)
-            scored = score_rows(chunk, outputs, directions, weight, top=2)
-            labels[rows], confidence[rows] = scored.classes[:, 0], scored.values[:, 0]
+            outputs = None if logits is None else float_tensor(logits[rows], dtype, device)
+            scored = score_rows(float_tensor(features[rows], dtype, device), outputs, directions, weight, top=2)
+            proposed[rows], best[rows, : scored.values.shape[1]] = scored.classes[:, 0], scored.values
             if len(scored.ties):
                 ties.append(scored.ties + torch.tensor([start, 0], device=device))
-    if strict and bool((labels < 0).any()):
-        first = int((labels < 0).nonzero()[0, 0])
+    if strict and bool((proposed < 0).any()):
+        first = int((proposed < 0).nonzero()[0, 0])
         raise InputError(
             f"features: expected finite features and logits and no feature of length zero, "
-            f"got {int((labels < 0).sum())} such rows, the first is row {first}"
+            f"got {int((proposed < 0).sum())} such rows, the first is row {first}"
         )
-    accepted = (labels >= 0) & (confidence >= limits[labels.clamp(min=0)])
-    parts = (labels, confidence, accepted, torch.cat(ties))
-    return Refinement(*(parts if isinstance(features, Tensor) else (part.numpy() for part in parts)))
+    limits = thresholds.to(device, dtype)
+    accepted = (proposed >= 0) & (best[:, 0] >= limits[proposed.clamp(min=0)])
+    reason = torch.where(accepted, int(Reason.ACCEPTED), int(Reason.BELOW_THRESHOLD))
+    reason[proposed < 0] = int(Reason.UNSCORED)
+    parts = (proposed, best[:, 0].contiguous(), best[:, 0] - best[:, 1], accepted, reason, torch.cat(ties))
+    found = dict(zip(("proposed", "confidence", "margin", "accepted", "reason", "ties"), parts, strict=True))
+    about = PaperDiagnostics(weight, thresholds.numpy())
+    if isinstance(features, Tensor):
+        return Refinement(**found, num_classes=num_classes, diagnostics=about)
+    return Refinement(
+        **{name: part.numpy() for name, part in found.items()}, num_classes=num_classes, diagnostics=about
+    )
+
+
+def _checked_shape(features: Array, logits: Array | None, prototypes: Array, weight: float) -> tuple[int, int]:
+    """Refuse what does not fit together; N and C."""
+    check_array("features", features, ("N", "D"))
+    check_array("prototypes", prototypes, ("C", "D"))
+    if logits is not None:
+        check_array("logits", logits, ("N", "C"))
+        check_turned("features", features, logits.shape[0])
+        check_array("logits", logits, (features.shape[0], "C"))
+        check_array("prototypes", prototypes, (logits.shape[1], features.shape[1]))
+    check_array("prototypes", prototypes, ("C", features.shape[1]))
+    for name, value in (("features", features), ("logits", logits), ("prototypes", prototypes)):
+        if value is None:
+            continue
+        check_floating(name, value)
+        if isinstance(value, Tensor) != isinstance(features, Tensor):
+            raise InputError(f"{name}: expected {type(features).__name__} like features, got {type(value).__name__}")
+    if prototypes.shape[0] == 0 or features.shape[1] == 0:
+        raise InputError(f"prototypes: expected at least one class and one feature, got {tuple(prototypes.shape)}")
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
+    return features.shape[0], prototypes.shape[0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Thresholds per class, calibrated on held-out synthetic images, and what each threshold would do.
 
-Letters in shapes: N real images, M synthetic images, C classes.
+Letters in shapes: N real images, M synthetic images, D features, C classes, n images drawn.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from synth_refine._io.check import (
     Array,
-    ArrayT,
     InputError,
     check_array,
     check_floating,
@@ -23,17 +24,20 @@ from synth_refine._io.check import (
     float_tensor,
     label_tensor,
 )
-from synth_refine.refine.anchored import Posterior
-from synth_refine.refine.decide import Answer, decide
+from synth_refine.refine.decide import bayes
+from synth_refine.refine.result import CPU
+
+PRECISION = 0.9  # fraction of the changes to a class that should be right
+SIMULATED = 20  # given labels drawn for each synthetic image
+MOST_DRAWN = 1 << 24  # probabilities held for them, n * C
 
 
-def calibrate_thresholds(probabilities: Array, labels: Array, precision: float = 0.9) -> NDArray[np.float32]:
-    """Per class, the smallest probability from which on held-out synthetic images are right often enough.
+def calibrate_thresholds(scores: Array, labels: Array, precision: float = PRECISION) -> NDArray[np.float32]:
+    """Per class, the smallest score from which on images of known class are right often enough.
 
     Args:
-        probabilities: What a head says of synthetic images that it was not trained on, (M, C), as in
-            `Posterior.anchor_head`.
-        labels: The class each was made for, (M,) integers in [0, C).
+        scores: Scores of images of known class by what was not fitted to them, (M, C).
+        labels: The class of each, (M,) integers in [0, C).
         precision: Fraction that must be right among the images that get the class at or above its threshold, in (0, 1].
 
     Returns:
@@ -47,55 +51,109 @@ def calibrate_thresholds(probabilities: Array, labels: Array, precision: float =
         >>> calibrate_thresholds(scores, np.array([0, 0, 1, 1]), precision=1.0).round(2)
         array([0.6, 0.8], dtype=float32)
     """
-    check_array("probabilities", probabilities, ("M", "C"))
-    check_floating("probabilities", probabilities)
-    check_labels("labels", labels, probabilities.shape[1])
-    check_array("labels", labels, (probabilities.shape[0],))
+    check_array("scores", scores, ("M", "C"))
+    check_floating("scores", scores)
+    check_labels("labels", labels, scores.shape[1])
+    check_array("labels", labels, (scores.shape[0],))
     if not 0 < precision <= 1:
         raise InputError(f"precision: expected a number in (0, 1], got {precision}")
-    scores = float_tensor(probabilities, torch.float32, torch.device("cpu"))
-    truth = label_tensor(labels, torch.device("cpu"))
-    thresholds = np.full(scores.shape[1], np.inf, dtype=np.float32)
-    if scores.shape[0] == 0:
+    table, truth = float_tensor(scores, torch.float32, CPU), label_tensor(labels, CPU)
+    thresholds = np.full(table.shape[1], np.inf, dtype=np.float32)
+    if not len(table):
         return thresholds
-    best, winner = scores.max(dim=1)
-    for number in range(scores.shape[1]):
+    best, winner = table.max(dim=1)
+    for number in range(table.shape[1]):
         rows = (winner == number).nonzero()[:, 0]
         rows = rows[best[rows].argsort(descending=True)]
         right = (truth[rows] == number).double().cumsum(dim=0)
-        enough = (right / torch.arange(1, rows.shape[0] + 1) >= precision).nonzero()[:, 0]
-        if enough.shape[0]:
+        enough = (right / torch.arange(1, len(rows) + 1) >= precision).nonzero()[:, 0]
+        if len(enough):
             thresholds[number] = float(best[rows[enough[-1]]])
     return thresholds
+
+
+def posterior_thresholds(probs: Tensor, labels: Tensor, by_given: Tensor, seed: int = 0) -> NDArray[np.float32]:
+    """Thresholds on the posterior, which is what a decision compares.
+
+    Each synthetic image gets given labels as real images of its class have them, drawn from the transition matrix, and
+    the posterior follows; those whose posterior names another class than the drawn label are changes of known worth.
+
+    Args:
+        probs: What heads that were not trained on them say of synthetic images, (M, C).
+        labels: Their intended classes, (M,) int64.
+        by_given: p(given label | true class), (C, C), a row per given label.
+        seed: Of the draws.
+    """
+    draws = max(1, min(SIMULATED, MOST_DRAWN // max(probs.numel(), 1)))
+    generator = torch.Generator().manual_seed(seed)
+    given = torch.multinomial(by_given.T[labels].cpu(), draws, replacement=True, generator=generator).to(
+        labels
+    )  # (M, draws)
+    posterior = bayes(probs.repeat_interleave(draws, dim=0), by_given, given.flatten())
+    changed = posterior.argmax(dim=1) != given.flatten()
+    return calibrate_thresholds(posterior[changed], labels.repeat_interleave(draws)[changed])
+
+
+def paper_thresholds(features: Tensor, labels: Tensor, logits: Tensor) -> NDArray[np.float32]:
+    """Per class, the smallest score from which on the paper's rule is right about nine in ten synthetic images.
+
+    Each synthetic image is scored against prototypes without it, so no true label of a real image is needed.
+
+    Args:
+        features: Features of the synthetic images, (M, D), finite.
+        labels: Their intended classes, (M,) int64; every class has at least one.
+        logits: What heads trained on the real images say of them, (M, C).
+    """
+    features = features.double()
+    classes = logits.shape[1]
+    sums = torch.zeros((classes, features.shape[1]), dtype=torch.float64).index_add_(0, labels, features)
+    directions = F.normalize(features, dim=1)
+    cosine = directions @ F.normalize(sums, dim=1).T
+    rest = sums[labels] - features  # zero for a class's only image, whose cosine is then zero
+    cosine[torch.arange(len(labels)), labels] = (directions * F.normalize(rest, dim=1)).sum(dim=1)
+    return calibrate_thresholds(0.5 * cosine + 0.5 * logits.double().softmax(dim=1), labels)
 
 
 @dataclass(frozen=True)
 class SweepRow:
     """One threshold of a sweep."""
 
-    threshold: float  # smallest probability of the new class
+    threshold: float  # smallest posterior of the new class
     changed: float  # fraction of the labels that change
-    noise_after: float  # estimated; NaN as in Decision
-    wrong_changes: float  # nominal fraction; NaN without a change
+    noise_after: float  # estimated
+    wrong_changes: float  # estimated fraction of the changes; NaN without a change
     empty_classes: int  # classes left without an image
 
 
-def sweep(posterior: Posterior, given: ArrayT, thresholds: Sequence[float] | None = None) -> list[SweepRow]:
-    """What each threshold on the probability of the new class would do.
+def sweep(
+    proposed: Tensor,
+    confidence: Tensor,
+    stays: Tensor,
+    given: Tensor,
+    allowed: Tensor,
+    classes: int,
+    thresholds: Sequence[float] | None = None,
+) -> list[SweepRow]:
+    """What each threshold on the posterior of the new class would do, by the posterior's own account.
 
     Args:
-        posterior: From `anchored_posterior`.
-        given: The given labels, (N,) integers.
+        proposed: The most probable class of each image, (N,) int64.
+        confidence: Its posterior, (N,).
+        stays: Posterior of the given label, (N,).
+        given: Given labels, (N,) int64.
+        allowed: Which labels may change at all, (N,) bool.
+        classes: C.
         thresholds: By default 0 to 0.95 in steps of 0.05, and 0.99.
     """
-    rows, cpu = [], torch.device("cpu")
+    rows, count = [], max(len(given), 1)
     for threshold in thresholds if thresholds is not None else [*(step / 20 for step in range(20)), 0.99]:
-        decision = decide(posterior, given, thresholds=threshold, force=True)
-        counts = label_tensor(decision.apply(given), cpu).bincount(minlength=posterior.posterior.shape[1])
-        changed = float((label_tensor(decision.answers, cpu) == Answer.CHANGE).double().mean()) if len(given) else 0.0
-        rows.append(
-            SweepRow(float(threshold), changed, decision.noise_after, decision.wrong_changes, int((counts == 0).sum()))
-        )
+        changed = allowed & (proposed != given) & (confidence >= threshold)
+        left = torch.where(changed, proposed, given).bincount(minlength=classes)
+        kept = torch.where(changed, confidence, stays).double().nan_to_num(1.0)
+        wrong = 1 - float(confidence[changed].double().mean()) if bool(changed.any()) else float("nan")
+        share = float(changed.double().sum()) / count
+        after = 1 - float(kept.sum()) / count if len(given) else 0.0
+        rows.append(SweepRow(float(threshold), share, after, wrong, int((left == 0).sum())))
     return rows
 
 
@@ -104,12 +162,12 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
 
     Example:
         >>> print(sweep_table([SweepRow(0.5, 0.25, 0.1, 0.08, 0)]))
-        | threshold | changed | noise after (estimated) | wrong changes (nominal) | empty classes |
+        | threshold | changed | noise after (estimated) | wrong changes (estimated) | empty classes |
         |---|---|---|---|---|
         | 0.50 | 0.250 | 0.100 | 0.080 | 0 |
     """
     lines = [
-        "| threshold | changed | noise after (estimated) | wrong changes (nominal) | empty classes |",
+        "| threshold | changed | noise after (estimated) | wrong changes (estimated) | empty classes |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -129,7 +187,7 @@ def plot_sweep(rows: Sequence[SweepRow], path: str | Path) -> None:
     thresholds = [row.threshold for row in rows]
     axes.plot(thresholds, [row.changed for row in rows], label="changed")
     axes.plot(thresholds, [row.noise_after for row in rows], label="noise after (estimated)")
-    axes.plot(thresholds, [row.wrong_changes for row in rows], label="wrong changes (nominal)")
+    axes.plot(thresholds, [row.wrong_changes for row in rows], label="wrong changes (estimated)")
     axes.set(xlabel="smallest probability of the new class", ylabel="fraction", ylim=(0, None))
     axes.legend(loc="upper right")  # matplotlib searches for the best place, and warns where that takes long
     figure.savefig(path)

@@ -1,0 +1,482 @@
+"""One expectation maximisation: rows, synthetic images and given labels in, a posterior of each true class out.
+
+Every image has annotators: the given label, the labels of its nearest images, and a second view where there is one.
+Each is read through a transition matrix of its own, T[y, a] = p(a | true class y), so that even labels that are mostly
+wrong tell something. Heads, trained on the posteriors and on the synthetic images, say what an image shows; they only
+score images that they were not trained on. Rounds of expectation maximisation join them all.
+
+Work is of the order of N x C; nothing of N x C or C x C x N is held for more rows than one bucket has. Where steps are
+kept (`steps`), a run that was killed resumes behind the last one, to the same bytes.
+
+Letters in shapes: N images, M synthetic images, K components, C classes, n rows of a chunk, V neighbours' labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, fold_logits, held_out_probs, new_head
+from synth_refine.refine.rows import Bucket, Rows, seed_of
+
+EPOCHS = (2, 8)  # per fold and round: a short fit does not memorise wrong posteriors, many classes need a longer one
+LIKELIER = 0.05  # nats per label by which the longer fit must raise the likelihood of the given labels
+SETTLED = 0.001  # stop when a round changes fewer labels than this
+FIRST_STEPS = 11  # maximisation steps of the transition matrices before the first round
+ROUND_STEPS = 2  # and in every round, from those of the round before on
+VIEW_LEVELS = 3  # of confidence, at which a second view's answers are told apart
+VOTES_PER_CORRELATION = 1 / 12
+TRUSTED_NOISE = 0.3
+MOST_VOTES = 12.0
+AVERAGED = 5  # last rounds whose heads speak together in the end
+HELD_ELEMENTS = 1 << 26  # probabilities that are kept between passes, where all rows are one bucket
+SAMPLE_ELEMENTS = 1 << 23  # scores from which the sharpness of the prototypes is chosen
+TYPICAL_CONFIDENCE = 0.8  # of the prototypes, where a single synthetic image per class leaves nothing to hold out
+
+
+@dataclass(frozen=True)
+class State:
+    """What a round knows.
+
+    Attributes:
+        heads: Of each round that is averaged, one head for all images, or one per fold.
+        keys: What draws the folds of each round.
+        by_given: p(given label | true class), (C, C), a row per *given* label, so that a chunk gathers whole rows.
+        by_near: p(label of a neighbour | true class), likewise.
+        by_view: p(answer of the second view | true class), (C * VIEW_LEVELS, C), likewise.
+        votes: Independent votes that the labels of a neighbourhood are worth.
+    """
+
+    heads: list[list[nn.Module]]
+    keys: list[int]
+    by_given: Tensor
+    by_near: Tensor
+    by_view: Tensor
+    votes: float = 0.0
+
+    def head_probs(self, rows: Bucket) -> Tensor:
+        """p(true class | image) by heads that did not see it, (n, C)."""
+        features = rows.features.float()
+        logits = (fold_logits(*one, features, rows.numbers) for one in zip(self.heads, self.keys, strict=True))
+        probs = sum(one.softmax(dim=1) for one in logits)
+        assert isinstance(probs, Tensor)
+        return probs / len(self.heads)
+
+    def join(self, head_probs: Tensor, rows: Bucket) -> Tensor:
+        """The same after hearing all annotators but the given labels, (n, C)."""
+        if self.votes and rows.near_labels is not None:
+            log_probs = F.embedding_bag(
+                rows.near_labels, self.by_near.log(), per_sample_weights=rows.near_weights, mode="sum"
+            )
+            head_probs = head_probs * log_probs.mul_(self.votes).sub_(log_probs.amax(dim=1, keepdim=True)).exp_()
+        if rows.view is not None:
+            head_probs = head_probs * self.by_view[rows.view]
+        return F.normalize(head_probs, p=1, dim=1)
+
+    def probs(self, rows: Bucket) -> Tensor:
+        """p(true class | image, all annotators but the given labels), (n, C)."""
+        return self.join(self.head_probs(rows), rows)
+
+    def posterior(self, rows: Bucket) -> Tensor:
+        """p(true class | image, all annotators), (n, C)."""
+        return F.normalize(self.probs(rows) * self.by_given[rows.given], p=1, dim=1)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pass over all images adds up.
+
+    Attributes:
+        given: Expected images by given label and true class, (C, C).
+        near: Expected labels of neighbours by label and true class, (C, C).
+        view: Expected answers of the second view, (C * VIEW_LEVELS, C).
+        scatter: Squared distances of the neighbourhoods' labels from the mean of their class.
+        chance: The same if every neighbourhood were a single independent draw.
+        log_likelihood: Log p(given label | image, other annotators).
+        stays: Probability that the given label is right.
+    """
+
+    given: Tensor
+    near: Tensor
+    view: Tensor
+    scatter: float
+    chance: float
+    log_likelihood: float
+    stays: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a step found: tensors, and what JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+class Steps(Protocol):
+    """Where finished steps are kept."""
+
+    def load(self, name: str) -> Saved | None:
+        """What was kept under this name, if it is there and undamaged."""
+
+    def save(self, name: str, saved: Saved) -> Saved:
+        """Keep it."""
+
+
+class NoSteps:
+    """Keeps nothing."""
+
+    def load(self, name: str) -> Saved | None:
+        """Nothing."""
+
+    def save(self, name: str, saved: Saved) -> Saved:
+        """What came."""
+        return saved
+
+
+@dataclass
+class EM:
+    """The algorithm, in steps that can be kept.
+
+    Attributes:
+        rows: Real images.
+        reference: Components of the synthetic images, (M, K) float32.
+        reference_labels: Their intended classes, (M,) int64.
+        classes: C.
+        seed: Draws folds, weights and batches.
+        rounds: Most rounds.
+        hidden: Units of the heads' hidden layer.
+        words: Components of the classes' text features, (C, K), or None.
+        steps: Where finished steps are kept.
+        bar: Shows what is being done.
+    """
+
+    rows: Rows
+    reference: Tensor
+    reference_labels: Tensor
+    classes: int
+    seed: int = 0
+    rounds: int = 12
+    hidden: int = HIDDEN
+    words: Tensor | None = None
+    steps: Steps = field(default_factory=NoSteps)
+    bar: tqdm[Any] = field(default_factory=lambda: tqdm(disable=True))
+
+    def __post_init__(self) -> None:
+        self._kept: tuple[State, Tensor] | None = None
+        self._posteriors: tuple[State, Tensor] | None = None
+
+    def run(self) -> tuple[State, list[dict[str, float]]]:
+        """The last state, and an entry per round.
+
+        An entry has `log_likelihood` of the given labels under held-out heads (mean per label), `changed` (fraction of
+        images whose most probable class moved), `noise` (estimated, of the given labels), `epochs` of each fit and
+        `votes`.
+        """
+        first, least = self.first()
+        state, history = self._all_rounds(first)
+        state, sums = self.maximised(state, ROUND_STEPS)
+        if sums.log_likelihood / len(self.rows) < least:  # the heads never came up to the prototypes
+            state = first
+        return state, history
+
+    # -- the first state --
+
+    def first(self) -> tuple[State, float]:
+        """What the prototypes say, and how likely that makes the given labels."""
+        if (saved := self.steps.load("first")) is None:
+            self.bar.set_description("prototypes")
+            best: tuple[State, Sums] | None = None
+            for prototypes in self._prototypes():
+                state, sums = self.maximised(self._blank(Nearest(prototypes)), FIRST_STEPS)
+                if best is None or sums.log_likelihood > best[1].log_likelihood:
+                    best = state, sums
+            assert best is not None
+            info = {"log_likelihood": best[1].log_likelihood / len(self.rows)}
+            saved = self.steps.save("first", packed(best[0], info))
+        return unpacked(saved), saved.info["log_likelihood"]
+
+    def _prototypes(self) -> Iterator[Tensor]:
+        """Prototypes of the images, of the texts, of both, as sharp as they are right about held-out images."""
+        images, confidence = prototypes_of(self.reference, self.reference_labels, self.classes)
+        choices = [images]
+        if self.words is not None:
+            texts = F.normalize(self.words, dim=1)
+            choices += [texts, (images + texts) / 2]
+        bucket = self.rows.bucket(0)
+        sample = bucket[slice(None, None, math.ceil(len(bucket) * self.classes / SAMPLE_ELEMENTS))]
+        for prototypes in choices:
+            cosine = Nearest(prototypes)(sample.features.float())
+            yield prototypes * sharpness(cosine, confidence)
+
+    @property
+    def image_prototypes(self) -> Tensor:
+        """Prototypes of the synthetic images, of length one, (C, K)."""
+        return prototypes_of(self.reference, self.reference_labels, self.classes)[0]
+
+    def _blank(self, head: nn.Module) -> State:
+        """A state in which annotators say nothing yet."""
+        classes, device = self.classes, self.reference.device
+        tables = (torch.full((size, classes), 1 / size, device=device) for size in (classes, classes, self._answers))
+        given, near, view = tables
+        return State([[head]], [0], given, near, view)
+
+    @property
+    def _answers(self) -> int:
+        return self.classes * VIEW_LEVELS
+
+    # -- rounds --
+
+    def _all_rounds(self, first: State) -> tuple[State, list[dict[str, float]]]:
+        if (saved := self.steps.load("rounds")) is None:
+            most = -math.inf
+            for epochs in EPOCHS:  # the shortest fit that a longer one does not clearly beat
+                if (trial := self.steps.load(f"trial-{epochs}")) is None:
+                    state, entry = self._round(first, 0, epochs)
+                    trial = self.steps.save(f"trial-{epochs}", packed(state, {"history": [entry]}))
+                value = trial.info["history"][0]["log_likelihood"]
+                if saved is None or value > most + LIKELIER:
+                    saved, most = trial, value
+            assert saved is not None
+            saved = self.steps.save("rounds", saved)
+        state, history = unpacked(saved), list(saved.info["history"])
+        states = [state]
+        while len(history) < self.rounds and history[-1]["changed"] >= SETTLED:
+            state, entry = self._round(state, len(history), int(history[0]["epochs"]))
+            history.append(entry)
+            states = [*states, state][-AVERAGED:]
+            self.steps.save("rounds", packed(state, {"history": history}))
+        heads, keys = [one.heads[0] for one in states], [one.keys[0] for one in states]
+        return replace(state, heads=heads, keys=keys), history
+
+    def _round(self, before: State, number: int, epochs: int) -> tuple[State, dict[str, float]]:
+        self.bar.set_description(f"round {number + 1}")
+        key = seed_of(1, self.seed, number)
+        heads = self._fit(before, key, epochs)
+        state, sums = self.maximised(replace(before, heads=[heads], keys=[key]), ROUND_STEPS)
+        state = replace(state, votes=self._votes(sums))
+        changed, sample = 0, self.rows.bucket(0)
+        for part in self.parts(len(sample)):
+            old, new = (self._posterior(one, sample, part).argmax(dim=1) for one in (before, state))
+            changed += int((old != new).sum())
+        entry = {
+            "log_likelihood": sums.log_likelihood / len(self.rows),
+            "changed": changed / max(len(sample), 1),
+            "noise": 1 - sums.stays / len(self.rows),
+            "epochs": epochs,
+            "votes": state.votes,
+        }
+        self.bar.set_postfix(changed=f"{entry['changed']:.4f}", refresh=False)
+        self.bar.update()
+        return state, entry
+
+    def _votes(self, sums: Sums) -> float:
+        """How many independent votes a neighbourhood is worth; see `VOTES_PER_CORRELATION`."""
+        if not sums.scatter:
+            return 0.0
+        independent = sums.chance / sums.scatter  # draws that would scatter as much
+        correlation = (1 / independent - 1 / self.rows.neighbours) / (1 - 1 / self.rows.neighbours)
+        noise = 1 - sums.stays / len(self.rows)
+        votes = VOTES_PER_CORRELATION / max(correlation, 1e-6) * min(1.0, noise / TRUSTED_NOISE)
+        return min(votes, MOST_VOTES)
+
+    def _fit(self, before: State, key: int, epochs: int) -> list[nn.Module]:
+        targets = partial(self._targets, before)
+        return fit_heads(
+            self.rows,
+            targets,
+            self.reference,
+            self.reference_labels,
+            key,
+            classes=self.classes,
+            epochs=epochs,
+            hidden=self.hidden,
+        )
+
+    def _targets(self, state: State, bucket: Bucket, places: Tensor) -> Tensor:
+        return self._posterior(state, bucket, places)
+
+    def held_out_probs(self, state: State, epochs: int) -> Tensor:
+        """What heads of the same kind say of synthetic images that they were not trained on, (M, C)."""
+        if (saved := self.steps.load("held-out")) is None:
+            self.bar.set_description("held-out synthetic images")
+            probs = held_out_probs(
+                self.rows,
+                partial(self._targets, state),
+                self.reference,
+                self.reference_labels,
+                seed_of(2, self.seed),
+                classes=self.classes,
+                epochs=epochs,
+                hidden=self.hidden,
+            )
+            saved = self.steps.save("held-out", Saved({"probs": probs}, {}))
+        return saved.tensors["probs"]
+
+    # -- passes --
+
+    def maximised(self, state: State, steps: int, softening: float = 1.0) -> tuple[State, Sums]:
+        """The state after so many steps of its transition matrices, and the sums that the last of them came from."""
+        for _ in range(steps):
+            sums = self.sums(state, softening)
+            given, near, view = (F.normalize(one + 1, p=1, dim=0) for one in (sums.given, sums.near, sums.view))
+            state = replace(state, by_given=given, by_near=near, by_view=view)
+        return state, sums
+
+    @torch.no_grad()
+    def sums(self, state: State, softening: float = 1.0) -> Sums:
+        """One pass over all images."""
+        shapes = ((self.classes,) * 2, (self.classes,) * 2, (self._answers, self.classes))
+        totals = [torch.zeros(shape, dtype=torch.float64, device=self.reference.device) for shape in shapes]
+        scatter = chance = log_likelihood = stays = 0.0
+        lengths = state.by_near.square().sum(dim=0)  # (C,)
+        for bucket in self.rows.buckets():
+            # Sums of a bucket first: float32 would lose small numbers that are added to millions one by one.
+            given, near, view = (torch.zeros_like(total, dtype=torch.float32) for total in totals)
+            for part in self.parts(len(bucket)):
+                chunk = bucket[part]
+                joint = state.join(self._head_probs(state, bucket, part, softening), chunk)
+                joint.mul_(state.by_given[chunk.given])
+                likelihood = joint.sum(dim=1, keepdim=True).clamp_min_(1e-30)
+                posterior = joint.div_(likelihood)
+                given.index_add_(0, chunk.given, posterior)
+                if chunk.near_labels is not None and chunk.near_weights is not None:
+                    for labels, weights in zip(chunk.near_labels.T, chunk.near_weights.T, strict=True):
+                        near.index_add_(0, labels, posterior * weights[:, None])
+                    winner = posterior.argmax(dim=1)
+                    means = state.by_near[chunk.near_labels, winner[:, None]]  # (n, V)
+                    apart = chunk.near_weights.square().sum() - 2 * (chunk.near_weights * means).sum()
+                    scatter += float(apart + lengths[winner].sum())
+                    chance += float((1 - lengths[winner]).sum())
+                if chunk.view is not None:
+                    view.index_add_(0, chunk.view, posterior)
+                stays += float(posterior.gather(1, chunk.given[:, None]).sum())
+                log_likelihood += float(likelihood.log_().sum())
+            for total, counts in zip(totals, (given, near, view), strict=True):
+                total += counts
+        sums = [total.float() for total in totals]
+        return Sums(sums[0], sums[1], sums[2], scatter, chance, log_likelihood, stays)
+
+    @torch.no_grad()
+    def posteriors(self, state: State) -> Iterator[tuple[Bucket, Tensor]]:
+        """All rows and their posteriors, (n, C), a chunk at a time."""
+        for bucket in self.rows.buckets():
+            for part in self.parts(len(bucket)):
+                yield bucket[part], self._posterior(state, bucket, part)
+
+    def parts(self, count: int) -> Iterator[slice]:
+        """So many rows in chunks."""
+        step = max(64, (1 << 21) // max(self.classes, HIDDEN))
+        return (slice(start, start + step) for start in range(0, count, step))
+
+    @property
+    def _holds(self) -> bool:
+        return len(self.rows.ends) == 2 and len(self.rows) * self.classes <= HELD_ELEMENTS
+
+    @torch.no_grad()
+    def _head_probs(self, state: State, bucket: Bucket, part: slice, softening: float = 1.0) -> Tensor:
+        """p(true class | image)^softening of a part of a bucket, (n, C); computed once where rows are one bucket."""
+        if not self._holds:
+            probs = state.head_probs(bucket[part])
+        else:
+            if self._kept is None or self._kept[0].heads is not state.heads:
+                every = [state.head_probs(bucket[one]) for one in self.parts(len(bucket))]
+                self._kept = state, torch.cat(every)
+            probs = self._kept[1][part]
+        return probs if softening == 1 else probs**softening
+
+    @torch.no_grad()
+    def _posterior(self, state: State, bucket: Bucket, places: Tensor | slice) -> Tensor:
+        """Posteriors of some rows of a bucket, (n, C); computed once where all rows are one bucket."""
+        if not self._holds:
+            return state.posterior(bucket[places])
+        if self._posteriors is None or self._posteriors[0] is not state:
+            every = []
+            for part in self.parts(len(bucket)):
+                chunk = bucket[part]
+                joint = state.join(self._head_probs(state, bucket, part), chunk) * state.by_given[chunk.given]
+                every.append(F.normalize(joint, p=1, dim=1))
+            self._posteriors = state, torch.cat(every)
+        return self._posteriors[1][places]
+
+
+def view_answers(logits: Tensor, scored: Tensor) -> Tensor:
+    """What a second view says of each image: its class and, in levels of equally many images, how sure it is, (N,).
+
+    Args:
+        logits: (N, C).
+        scored: Which images are there, (N,) bool; the others get 0.
+    """
+    answers = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    sure, winner = logits[scored].softmax(dim=1).max(dim=1)
+    levels = sure.argsort(stable=True).argsort() * VIEW_LEVELS // max(len(sure), 1)
+    answers[scored] = winner * VIEW_LEVELS + levels
+    return answers
+
+
+def prototypes_of(reference: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
+    """Prototypes of length one, (C, K), and how often those of the other images are right about a synthetic image."""
+    sums = torch.zeros((classes, reference.shape[1]), device=reference.device).index_add_(0, labels, reference)
+    counts = torch.bincount(labels, minlength=classes)[:, None]
+    prototypes = F.normalize(sums / counts, dim=1)
+    several = counts[labels, 0] > 1  # a class's only image cannot be left out
+    if not bool(several.any()):
+        return prototypes, TYPICAL_CONFIDENCE
+    own = F.normalize(reference, dim=1)
+    cosine = own @ prototypes.T
+    rest = F.normalize(sums[labels] - reference, dim=1)
+    cosine[torch.arange(len(cosine), device=cosine.device), labels] = (own * rest).sum(dim=1)
+    right = float((cosine.argmax(dim=1) == labels)[several].float().mean())
+    return prototypes, min(max(right, 1.5 / classes, 0.3), 0.95)
+
+
+def sharpness(cosine: Tensor, confidence: float) -> float:
+    """The factor at which softmax(factor * cosine) has this mean confidence, by bisection of its logarithm."""
+    low, high = 0.1, 1000.0
+    for _ in range(30):
+        middle = math.sqrt(low * high)
+        if float((middle * cosine).softmax(dim=1).max(dim=1).values.mean()) < confidence:
+            low = middle
+        else:
+            high = middle
+    return middle
+
+
+def packed(state: State, info: dict[str, Any]) -> Saved:
+    """A state as tensors by name."""
+    heads = [head for one in state.heads for head in one]
+    tensors = {f"{number}.{name}": one for number, head in enumerate(heads) for name, one in head.state_dict().items()}
+    tensors |= {name: getattr(state, name) for name in ("by_given", "by_near", "by_view")}
+    return Saved(tensors, {**info, "keys": state.keys, "votes": state.votes})
+
+
+def unpacked(saved: Saved) -> State:
+    """What was packed."""
+    heads: list[nn.Module] = []
+    while own := _of_head(saved.tensors, len(heads)):
+        if "prototypes" in own:
+            heads.append(Nearest(own["prototypes"]))
+            continue
+        first, last = own["0.weight"], own.get("3.weight")  # a linear head has one layer, another one two
+        sizes = (len(first), 0) if last is None else (len(last), len(first))
+        head = new_head(first.shape[1], *sizes)
+        head.load_state_dict(own)
+        heads.append(head.eval().to(first.device))
+    keys = list(saved.info["keys"])
+    folds = len(heads) // len(keys)
+    given, near, view = (saved.tensors[name] for name in ("by_given", "by_near", "by_view"))
+    by_round = [heads[start : start + folds] for start in range(0, len(heads), folds)]
+    return State(by_round, keys, given, near, view, saved.info["votes"])
+
+
+def _of_head(tensors: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    start = f"{number}."
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
