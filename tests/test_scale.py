@@ -183,7 +183,7 @@ def test_resumes_with_what_is_missing_or_damaged_alone(data: Data, tmp_path: Pat
     damaged[40] ^= 1
     (shards / "part-000003.parquet").write_bytes(damaged)
     manifest.write_bytes(manifest.read_bytes()[:-10])  # torn inside the line of the last shard
-    (shards / f".part-000002.parquet.{0:032x}.tmp").write_bytes(b"half")
+    (shards / f".{0:016x}-{0:032x}.synth-refine.tmp").write_bytes(b"half")
     again = run()
     assert (first.reused, again.reused) == (0, 2)
     assert (again.rows, again.changed, again.skipped) == (first.rows, first.changed, first.skipped)
@@ -339,7 +339,7 @@ def test_a_worker_killed_while_it_wrote_leaves_no_file(
 
     def with_a_death(work: Any, todo: Any) -> Any:
         for line in plain(work, todo):
-            (tmp_path / "out" / "shards" / f".part-000001.parquet.{1:032x}.tmp").write_bytes(b"PAR1")
+            (tmp_path / "out" / "shards" / f".{0:016x}-{1:032x}.synth-refine.tmp").write_bytes(b"PAR1")
             yield line
 
     monkeypatch.setattr(scale, "_here", with_a_death)

@@ -8,11 +8,26 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from synth_refine._io.check import InputError
+from synth_refine._io.error import InputError
+
+TEMPORARY = ".synth-refine.tmp"
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)  # or decoding workers would hold the lock of a run that was killed
+
+
+def _lock(descriptor: int, wait: bool = False) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextmanager
@@ -20,7 +35,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: after a crash at any moment the old content or the new one is there.
 
     The content goes to a temporary file in the same folder and onto the disk, and then takes the target's name. An
-    exception inside the block leaves the target as it was.
+    exception inside the block leaves the target as it was. What a killed write of the same file left behind is removed.
 
     Example:
         >>> import tempfile
@@ -35,17 +50,30 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise InputError(f"path: expected a file to write, got a folder: {target}")
     if not target.parent.is_dir():
         raise InputError(f"path: expected an existing folder {target.parent} to write {target.name} into, got none")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    kind = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name may be as long as the system allows
+    remove_unfinished(target.parent, kind)
+    temporary = target.with_name(f".{kind}-{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:
+            _lock(file.fileno(), wait=True)  # so that nobody takes it for the rest of a killed write
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def remove_unfinished(folder: str | os.PathLike[str], kind: str | None = None) -> None:
+    """Remove what killed calls of `write_atomic` left in a folder and those in it, or in the folder for one file."""
+    paths = Path(folder).glob(f".{kind}-*{TEMPORARY}") if kind else Path(folder).rglob(f".*{TEMPORARY}")
+    for path in paths:
+        if re.fullmatch(r"\.[0-9a-f]{16}-[0-9a-f]{32}", path.name.removesuffix(TEMPORARY)) and path.is_file():
+            with suppress(OSError), open(path, "rb") as file:
+                _lock(file.fileno())
+                path.unlink(missing_ok=True)
 
 
 def check_folder(name: str, path: str | os.PathLike[str]) -> None:
@@ -67,29 +95,25 @@ def make_folder(name: str, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def remove_unfinished(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed calls of `write_atomic` left in a folder of ours and the folders in it."""
-    for path in Path(folder).rglob(".*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name) and path.is_file() and not path.is_symlink():
-            path.unlink()
-
-
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """Keep other writers out of a folder; the lock goes with the process that holds it.
 
     Raises:
-        BlockingIOError: Another process holds it.
+        BlockingIOError: Another process holds it, and `wait` is False.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, wait)
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another process is writing to this folder", str(folder)) from error
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.discard(descriptor)
+            os.close(descriptor)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import __version__
-from synth_refine._io.atomic import file_hash, locked, make_folder, sync_folder, write_atomic
+from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder, write_atomic
 from synth_refine._io.check import Array, InputError, check_array
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.untrusted import open_plain, read_npy
@@ -342,5 +342,4 @@ def _settle(root: Path) -> None:
             path.unlink()
         if name not in files:
             (root / name).unlink(missing_ok=True)
-    for path in root.glob(".run.json.*.tmp"):
-        path.unlink()
+    remove_unfinished(root)
