@@ -36,13 +36,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         InputError: No such file, no mapping, an unknown key, or an override without "=".
     """
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"config: expected a YAML file, {path} cannot be read: {reason}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"config: expected a mapping in {path}, got {type(config).__name__}")
+    config = _read(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -63,8 +57,26 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise InputError(f"config: expected the keys {', '.join(sorted(KEYS))}, got {unknown[0]!r} in {path}")
     config.setdefault("methods", {})
     _check_types(config)
-    result: dict[str, Any] = config
-    return result
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping of a file, over that of the file beside it which `base` names."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"config: expected a YAML file, {path} cannot be read: {reason}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"config: expected a mapping in {path}, got {type(config).__name__}")
+    base = config.pop("base", None)
+    return config if base is None else _merged(_read(path.parent / str(base)), config)
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        base[key] = _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return base
 
 
 def _steps(key: str) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,6 +18,7 @@ from PIL import Image
 from adapters import check_options
 from adapters.network import resolve
 from benchmarks import cifar, data
+from benchmarks.config import CONFIGS, read_config
 from benchmarks.task import annotate
 from synth_refine import InputError
 from third_party import plc, standard
@@ -399,8 +399,7 @@ def test_without_a_network_one_line_says_what_to_fetch(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
 def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
-    path = Path(data.__file__).parent / "configs" / f"{name}.yaml"
-    config = yaml.safe_load(path.read_text())
+    config = read_config(CONFIGS / f"{name}.yaml")
     assert config["dataset"] == name
     for noise_name in config["noise"]:
         data.noisy_labels(noise_name, np.arange(300) % 100, 100, pmd_stand_in, {0: 1})
@@ -411,7 +410,7 @@ def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_the_cifar_configs_are_the_published_recipes(name: str) -> None:
-    methods = yaml.safe_load((Path(data.__file__).parent / "configs" / f"{name}.yaml").read_text())["methods"]
+    methods = read_config(CONFIGS / f"{name}.yaml")["methods"]
     overshoot = dataclasses.replace(standard.Config(), warmup_overshoot=True)
     assert resolve("standard", standard.Config(), methods["standard"])[0] == overshoot
     assert resolve("relabel", standard.FINE_TUNE, methods["relabel"])[0] == standard.FINE_TUNE
