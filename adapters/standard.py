@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapters.base import Outcome, Task
 from adapters.network import (
     VALIDATIONS,
+    NetworkOptions,
     build_network,
     hard,
     measure_on,
@@ -29,8 +31,16 @@ from third_party.resnet import embed
 
 
 @dataclass(frozen=True)
+class InitialOptions(standard.Config):
+    """How the initial classifier is trained, and what refiners get of it."""
+
+    select: str = "noisy_validation"  # or "clean_validation" (the paper) or "last": its epoch
+    average: int = 1  # classifiers, of different seeds, whose mean probabilities give the logits
+
+
+@dataclass(frozen=True)
 class InitialClassifier:
-    """The classifier that a refiner looks through. K pooled features, M synthetic images.
+    """The classifier whose features and logits a refiner uses. K pooled features, M synthetic images.
 
     Attributes:
         weights: Its state, for `Task.initial`, on the CPU.
@@ -58,8 +68,7 @@ def run(task: Task, labels: Tensor, options: Mapping[str, Any], seed: int, check
     result = standard.train(
         model, task.train.inputs, labels, config, measure=measure_on(task), seed=seed, checkpoint=checkpoint
     )
-    settings = dataclasses.asdict(config) | dataclasses.asdict(network)
-    return Outcome(named_accuracies(result.history), hard(labels), result.history, settings)
+    return _outcome(result, labels, config, network)
 
 
 def run_relabel(
@@ -81,33 +90,30 @@ def run_relabel(
     result = standard.train(
         model, task.train.inputs, labels, config, measure=measure_on(task), seed=seed, checkpoint=checkpoint
     )
-    settings = dataclasses.asdict(config) | dataclasses.asdict(network)
-    return Outcome(named_accuracies(result.history), hard(labels), result.history, settings)
+    return _outcome(result, labels, config, network)
 
 
 def initial_classifier(
     task: Task, options: Mapping[str, Any], seed: int, checkpoint: Path | None = None
 ) -> InitialClassifier:
-    """Train on the given labels of the task and look at training and synthetic images through the chosen epoch.
+    """Train on the given labels of the task; what the chosen epoch says of training and synthetic images.
 
     Args:
         task: The task; its `initial` is not used.
-        options: As for `run`, and `select`: "noisy_validation" (the default, which needs no clean label),
-            "clean_validation" (the paper) or "last".
+        options: Those of `InitialOptions` and the network's.
         seed: Same seed, same classifier on the CPU.
-        checkpoint: File that a killed run goes on from.
+        checkpoint: File that a killed run resumes from.
 
     Raises:
         InputError: `select` is unknown or names a validation set that the task does not have.
         TypeError: An unknown option.
     """
-    select = options.get("select", "noisy_validation")
+    chosen, config, network = _initial(options)
+    select = chosen.select
     if select not in (*VALIDATIONS, "last"):
         raise InputError(f"select: expected {', '.join(VALIDATIONS)} or last, got {select!r}")
     if select != "last" and not len(getattr(task, select).labels):
         raise InputError(f"select: expected 'last' for a task without validation images, got {select!r}")
-    rest = {name: value for name, value in options.items() if name != "select"}
-    config, network = resolve("initial classifier", standard.Config(), rest)
     model = build_network(task, network, seed)
     result = standard.train(
         model,
@@ -122,12 +128,34 @@ def initial_classifier(
     if result.best_weights is not None:
         model.load_state_dict(result.best_weights)
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    settings = dataclasses.asdict(config) | dataclasses.asdict(network)
-    outcome = Outcome(named_accuracies(result.history), task.train.labels.clone(), result.history, settings)
-    return InitialClassifier(
+    own = InitialClassifier(
         weights,
         config.epochs - 1 if result.best_epoch is None else result.best_epoch,
         *embed(model, task.train.inputs),
         *embed(model, task.synthetic.inputs),
-        outcome,
+        _outcome(result, task.train.labels, config, network),
     )
+    if chosen.average <= 1:
+        return own
+    # One classifier trained on few noisy labels differs much between seeds and, by rounding, between machines.
+    everyone = [own]
+    for number in range(1, chosen.average):
+        path = None if checkpoint is None else checkpoint.with_stem(f"{checkpoint.stem}_{number}")
+        everyone.append(initial_classifier(task, {**options, "average": 1}, seed + 1000 * number, path))
+
+    def mean(kind: str) -> Tensor:
+        probabilities = torch.stack([getattr(one, kind).softmax(dim=1) for one in everyone]).mean(dim=0)
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+    return dataclasses.replace(own, train_logits=mean("train_logits"), synthetic_logits=mean("synthetic_logits"))
+
+
+def _initial(options: Mapping[str, Any]) -> tuple[InitialOptions, standard.Config, NetworkOptions]:
+    chosen, network = resolve("initial classifier", InitialOptions(), options)
+    config = {setting.name: getattr(chosen, setting.name) for setting in dataclasses.fields(standard.Config)}
+    return chosen, standard.Config(**config), network
+
+
+def _outcome(result: standard.Result, labels: Tensor, config: standard.Config, network: NetworkOptions) -> Outcome:
+    settings = dataclasses.asdict(config) | dataclasses.asdict(network)
+    return Outcome(named_accuracies(result.history), hard(labels), result.history, settings)

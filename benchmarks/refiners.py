@@ -7,34 +7,17 @@ arguments, so that an unknown one is a TypeError. A new refiner is one function 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks import rivals
+from benchmarks.evidence import Evidence
 from synth_refine import class_prototypes, refine_labels
-from synth_refine.refine.anchored import HIDDEN, Posterior, anchored_posterior, cross_fit, standardised
+from synth_refine.refine.anchored import HIDDEN, Posterior, anchored_posterior
 from synth_refine.refine.checks import check_row_order, prototype_classes
 from synth_refine.refine.decide import decide
-
-VOTE_ROWS = 1024  # rows of a block of neighbours
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Everything a refiner may look at. The true labels of the real images are not in it."""
-
-    features: Tensor  # (N, D) of the real images
-    logits: Tensor  # (N, C) of a classifier trained on the given labels
-    given: Tensor  # (N,) int64
-    synthetic: Tensor  # (M, D), features of the synthetic images by the same encoder
-    synthetic_labels: Tensor  # (M,) int64, the class each image was made for
-    num_classes: int
-    seed: int = 0
-    text_prototypes: Tensor | None = None  # (C, D), of an encoder that reads text
-    two_views: bool = False  # whether the classifier behind `logits` sees the images otherwise than through `features`
-
 
 Refiner = Callable[..., Tensor]
 """`refiner(evidence, **options)`: labels, (N,) int64, or soft labels, (N, C) float32 with rows that sum to one."""
@@ -70,42 +53,6 @@ def anchored_soft(evidence: Evidence, rounds: int = 12, hidden: int = HIDDEN) ->
     return posterior
 
 
-def cleanlab(evidence: Evidence) -> Tensor:
-    """Confident learning: the issues that cleanlab finds get the class that a cross-fitted head says.
-
-    The head is the anchored refiner's, trained on the given labels and without the synthetic images.
-    """
-    from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
-
-    device = evidence.features.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(evidence.seed)
-        real, reference, _ = standardised(evidence.features.float(), evidence.synthetic.float())
-        targets = F.one_hot(evidence.given, evidence.num_classes).float()
-        nothing = reference[:0], evidence.synthetic_labels[:0]
-        opinion, _ = cross_fit(real, targets, *nothing, seed=evidence.seed)
-    issues = find_label_issues(evidence.given.cpu().numpy(), opinion.double().cpu().numpy(), n_jobs=1)
-    return torch.where(torch.from_numpy(issues).to(evidence.given.device), opinion.argmax(dim=1), evidence.given)
-
-
-def knn_vote(evidence: Evidence, neighbours: int = 10) -> Tensor:
-    """The commonest given label among the nearest images by cosine and the image itself, as in SimiFeat.
-
-    Zhu, Dong, Liu, ICML 2022, https://arxiv.org/abs/2110.06283. Exact, in blocks; ties go to the given label, then
-    to the lower class.
-    """
-    directions = F.normalize(evidence.features.float(), dim=1)
-    onehot = F.one_hot(evidence.given, evidence.num_classes).float()
-    labels = evidence.given.clone()
-    count = min(neighbours + 1, directions.shape[0])  # the image is its own nearest neighbour
-    for start in range(0, directions.shape[0], VOTE_ROWS):
-        rows = slice(start, start + VOTE_ROWS)
-        nearest = (directions[rows] @ directions.T).topk(count, dim=1).indices  # (n, k)
-        votes = onehot[nearest].sum(dim=1) + onehot[rows] / 2
-        labels[rows] = votes.argmax(dim=1)
-    return labels
-
-
 def _posterior(evidence: Evidence, rounds: int, hidden: int) -> Posterior:
     opinion = prototype_classes(evidence.features, evidence.synthetic, evidence.synthetic_labels, evidence.num_classes)
     opinions = torch.from_numpy(opinion).to(evidence.given.device)
@@ -134,8 +81,11 @@ REFINERS: dict[str, Refiner] = {
     "zero-shot": zero_shot,
     "anchored": anchored,
     "anchored-soft": anchored_soft,
-    "cleanlab": cleanlab,
-    "knn-vote": knn_vote,
+    "cleanlab": rivals.cleanlab,
+    **{f"knn-vote-{count}": partial(rivals.knn_vote, neighbours=count) for count in (10, 50, 200)},
+    "ssr": rivals.ssr,
+    "wann": rivals.wann,
+    "clipcleaner": rivals.clipcleaner,
 }
 
 SOFT_REFINERS = frozenset({"anchored-soft"})

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from adapters import ADAPTERS, Split
 from benchmarks import refiners
+from benchmarks.config import add_common, resolve_config
+from benchmarks.evidence import Evidence
 from benchmarks.records import Record, digest, environment, read_records, weights_used, write_record
-from benchmarks.refiners import Evidence
-from benchmarks.run_combo import Refined, add_common, first_per_class, flows, given_labels, resolve_config
+from benchmarks.refined import Refined, first_per_class, flows, given_labels
 from benchmarks.table import figure_of, is_wide, study_table
 from synth_refine import InputError, class_prototypes, refine_labels
 from synth_refine._io.atomic import write_atomic
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             picture(records[study], path)
             print(f"{study_table(records[study])}\n\n{path}\n")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

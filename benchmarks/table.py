@@ -1,10 +1,13 @@
-"""Records as a Markdown table: python benchmarks/table.py benchmarks/results/digits."""
+"""Records as Markdown tables: python benchmarks/table.py benchmarks/results/digits."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,48 +18,25 @@ if not __package__:  # started by its path; "adapters" is also the name of a pac
 from benchmarks.records import Record, read_records
 from synth_refine import InputError
 
-# Test accuracy in %, CIFAR-10, pixels, ResNet-34, best epoch on clean validation, one run: the table on the paper's
-# poster (arXiv:2509.04298). With the given labels, then with the refined ones.
-PUBLISHED: dict[str, dict[str, tuple[float | None, float | None]]] = {
-    "cifar10-1-0.35": {
-        "standard": (80.81, None),
-        "relabel": (None, 82.46),
-        "plc": (82.87, 83.26),
-        "lra-simclr": (89.29, 88.87),
-        "lra-clip": (96.91, 96.93),
-    },
-    "cifar10-1-0.70": {
-        "standard": (40.32, None),
-        "relabel": (None, 54.10),
-        "plc": (38.65, 54.01),
-        "lra-simclr": (40.87, 60.78),
-        "lra-clip": (41.78, 71.59),
-    },
-    "cifar10-1-0.35_U_0.3": {
-        "standard": (77.12, None),
-        "relabel": (None, 79.76),
-        "plc": (77.98, 81.38),
-        "lra-simclr": (88.83, 88.41),
-        "lra-clip": (96.61, 96.68),
-    },
-    "cifar10-1-0.35_U_0.6": {
-        "standard": (67.92, None),
-        "relabel": (None, 72.38),
-        "plc": (61.87, 72.57),
-        "lra-simclr": (83.67, 85.31),
-        "lra-clip": (88.66, 94.94),
-    },
-    "cifar10-1-0.35_A_0.3": {
-        "standard": (77.40, None),
-        "relabel": (None, 78.97),
-        "plc": (78.52, 80.49),
-        "lra-simclr": (86.89, 87.95),
-        "lra-clip": (94.35, 96.78),
-    },
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED_NOISE = ("1-0.35", "1-0.70", "1-0.35_U_0.3", "1-0.35_U_0.6", "1-0.35_A_0.3")
+PUBLISHED = {
+    ("standard", "none"): (80.81, 40.32, 77.12, 67.92, 77.40),
+    ("relabel", "paper"): (82.46, 54.10, 79.76, 72.38, 78.97),
+    ("plc", "none"): (82.87, 38.65, 77.98, 61.87, 78.52),
+    ("plc", "paper"): (83.26, 54.01, 81.38, 72.57, 80.49),
+    ("lra-simclr", "none"): (89.29, 40.87, 88.83, 83.67, 86.89),
+    ("lra-simclr", "paper"): (88.87, 60.78, 88.41, 85.31, 87.95),
+    ("lra-clip", "none"): (96.91, 41.78, 96.61, 88.66, 94.35),
+    ("lra-clip", "paper"): (96.93, 71.59, 96.68, 94.94, 96.78),
 }
+"""Test accuracy in %, by method and refiner, on CIFAR-10 with `PUBLISHED_NOISE`: pixels, ResNet-34, best epoch on clean
+validation, one run; from the poster of arXiv:2509.04298."""
 
 CHOICES = {"last": "last", "best_noisy_validation": "best noisy val", "best_clean_validation": "best clean val"}
-"""Which epoch a test accuracy belongs to, and how the table calls it."""
+"""Which epoch a test accuracy belongs to, and its heading in the table."""
+
+BLOCK = re.compile(r"(<!-- python benchmarks/table\.py (?P<arguments>[^\n]+?) -->\n\n).*?\n?(<!-- end -->)", re.DOTALL)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -64,12 +44,9 @@ def table(records: Sequence[Record]) -> str:
 
     Runs with different settings are different rows, and the settings' digits then stand beside the refiner's name.
     """
-    groups: dict[tuple[str, str, str, str], list[Record]] = {}
-    for record in records:
-        key = (record["noise"], record["method"], record["refiner"], record["settings_digest"])
-        groups.setdefault(key, []).append(record)
+    groups = _grouped(records, "noise", "method", "refiner", "settings_digest")
     ambiguous = len({key[:3] for key in groups}) < len(groups)
-    published = any(key[0] in PUBLISHED for key in groups)
+    published = any(_published(*key[:3]) is not None for key in groups)
     header = ["noise", "method", "refiner", "wrong labels", "wrong→right", "right→wrong", *CHOICES.values(), "seeds"]
     rows = [[*header, "published"] if published else header]
     for (noise, method, refiner, settings), group in groups.items():
@@ -78,16 +55,68 @@ def table(records: Sequence[Record]) -> str:
         if labels[0]["noise_before"] is None:
             row += ["unknown", "", ""]
         else:
-            before, after = (_mean([one[f"noise_{when}"] for one in labels]) for when in ("before", "after"))
+            before, after = (_mean(labels, f"noise_{when}") for when in ("before", "after"))
             row.append(f"{before:.1%} → {after:.1%}")
-            row += [f"{_mean([one[flow] for one in labels]):.0f}" for flow in ("wrong_to_right", "right_to_wrong")]
+            row += [f"{_mean(labels, flow):.0f}" for flow in ("wrong_to_right", "right_to_wrong")]
         row += [_accuracy([record["test_accuracy"].get(choice) for record in group]) for choice in CHOICES]
         row.append(str(len(group)))
         if published:
-            pair = PUBLISHED.get(noise, {}).get(method)
-            column = {"none": 0, "paper": 1}.get(refiner)
-            figure = None if pair is None or column is None else pair[column]
+            figure = _published(noise, method, refiner)
             row.append("" if figure is None else f"{figure:.2f}")
+        rows.append(row)
+    return markdown(rows)
+
+
+def sentence(records: Sequence[Record]) -> str:
+    """What refining does to wrong labels and to the last test accuracy, in words: one sentence per noise."""
+    sentences = []
+    for (noise,), group in _grouped(records, "noise").items():
+        before = _mean([record["labels"] for record in group], "noise_before")
+        refiners = {name: rows for (name,), rows in _grouped(group, "refiner").items()}
+        accuracy = {name: _accuracy([row["test_accuracy"]["last"] for row in rows]) for name, rows in refiners.items()}
+        changed = [name for name in refiners if name != "none"]
+        left = [
+            f"`{one}` leaves {_mean([row['labels'] for row in refiners[one]], 'noise_after'):.1%}" for one in changed
+        ]
+        reached = [f"{accuracy[one]} % with `{one}`" for one in changed]
+        sentences.append(
+            f"Of {before:.1%} wrong labels ({noise}), {' and '.join(left)}; the test accuracy is {accuracy['none']} % "
+            f"with the labels as given, {' and '.join(reached)}."
+        )
+    return textwrap.fill(" ".join(sentences), 120)
+
+
+def study_table(records: Sequence[Record]) -> str:
+    """The settings of one study against the given labels; means over seeds, in percent."""
+    if records[0]["study"] == "estimates":
+        return estimates_table(records)
+    noises = list(dict.fromkeys(record["noise"] for record in records))
+    what = "test accuracy" if "test_accuracy" in records[0]["points"][0] else "wrong labels"
+    rows = [[f"{records[0]['study']}: {what}", *noises]]
+    for index, point in enumerate(records[0]["points"]):
+        row = [f"{point['series']} {point['value']}".strip()]
+        for noise in noises:
+            figures = [figure_of(one["points"][index]) for one in records if one["noise"] == noise]
+            known = [figure for figure in figures if figure is not None]
+            row.append(f"{statistics.fmean(known):.1%}" if known else "unknown")
+        rows.append(row)
+    return markdown([list(row) for row in zip(*rows, strict=True)] if is_wide(records) else rows)
+
+
+def estimates_table(records: Sequence[Record]) -> str:
+    """What the refiner estimates without true labels beside what is true, a row per set of given labels and seed."""
+    parts = ("noise_before", "noise_after", "wrong_changes")
+    header = [f"{part.replace('_', ' ')}{what}" for part in parts for what in (": estimated", ", true")]
+    rows = [["estimates", *header]]
+    for record in records:
+        [point] = record["points"]
+        labels, row = point["labels"], [record["noise"]]
+        changed_wrongly = labels["right_to_wrong"] + labels["wrong_to_wrong"]
+        true = {**labels, "wrong_changes": changed_wrongly / labels["changed"] if labels["changed"] else None}
+        for part in parts:
+            low_high = point["estimates"].get(f"{part}_interval")
+            interval = "" if low_high is None else f" ({low_high[0]:.3f} to {low_high[1]:.3f})"
+            row += [f"{_three(point['estimates'][part])}{interval}", _three(true[part])]
         rows.append(row)
     return markdown(rows)
 
@@ -106,26 +135,32 @@ def is_wide(records: Sequence[Record]) -> bool:
     return len({record["noise"] for record in records}) > 4
 
 
-def study_table(records: Sequence[Record]) -> str:
-    """The settings of one study against the given labels; means over seeds, in percent."""
-    noises = list(dict.fromkeys(record["noise"] for record in records))
-    what = "test accuracy" if "test_accuracy" in records[0]["points"][0] else "wrong labels"
-    rows = [[f"{records[0]['study']}: {what}", *noises]]
-    for index, point in enumerate(records[0]["points"]):
-        row = [f"{point['series']} {point['value']}".strip()]
-        for noise in noises:
-            figures = [figure_of(one["points"][index]) for one in records if one["noise"] == noise]
-            known = [figure for figure in figures if figure is not None]
-            row.append(f"{statistics.fmean(known):.1%}" if known else "unknown")
-        rows.append(row)
-    return markdown([list(row) for row in zip(*rows, strict=True)] if is_wide(records) else rows)
-
-
 def speed_table(records: Sequence[Record]) -> str:
     """The figures of one speed benchmark, a row per size."""
     rows = [row for record in records for row in record["rows"]]
     header = [name.replace("_", " ") for name in rows[0]]
     return markdown([header, *([_figure(value) for value in row.values()] for row in rows)])
+
+
+def updated(text: str) -> str:
+    """The text with the output of each command `<!-- python benchmarks/table.py ... -->` up to `<!-- end -->`."""
+
+    def made(block: re.Match[str]) -> str:
+        return f"{block[1]}{_shown(shlex.split(block['arguments']), ROOT)}\n\n{block[3]}"
+
+    return BLOCK.sub(made, text)
+
+
+def _grouped(records: Sequence[Record], *keys: str) -> dict[tuple[str, ...], list[Record]]:
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return groups
+
+
+def _published(noise: str, method: str, refiner: str) -> float | None:
+    figures = dict(zip(PUBLISHED_NOISE, PUBLISHED.get((method, refiner), ()), strict=False))
+    return figures.get(noise.removeprefix("cifar10-"))
 
 
 def _figure(value: float | str) -> str:
@@ -134,8 +169,12 @@ def _figure(value: float | str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+def _three(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def _mean(rows: Sequence[Mapping[str, float]], key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
 
 
 def _accuracy(values: Sequence[float | None]) -> str:
@@ -157,24 +196,49 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table of the records in the named files and folders."""
+def _shown(arguments: Sequence[str], root: Path = Path()) -> str:
+    """What the command prints; record paths are relative to `root`."""
+    options = _parser().parse_args(arguments)
+    records = read_records(root / path for path in options.records)
+    for key in ("study", "method"):
+        if wanted := getattr(options, key):
+            records = [record for record in records if record.get(key) == wanted]
+    if not records:
+        raise InputError(f"records: expected .json files in {', '.join(map(str, options.records))}, got none")
+    if options.sentence:
+        return sentence(records)
+    tables: list[str] = []
+    for key, show in {"method": table, "study": study_table, "benchmark": speed_table}.items():
+        groups = _grouped([record for record in records if key in record], key).values()
+        tables += [show([one for group in groups for one in group])] if key == "method" and groups else []
+        tables += [show(group) for group in groups if key != "method"]
+    return "\n\n".join(tables)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("records", type=Path, nargs="+", help="record files, or folders of them")
-    options = parser.parse_args(arguments)
+    parser.add_argument("records", type=Path, nargs="*", help="record files, or folders of them")
+    parser.add_argument("--study", help="show this study alone")
+    parser.add_argument("--method", help="show the runs of this method alone")
+    parser.add_argument("--sentence", action="store_true", help="say it in words")
+    parser.add_argument(
+        "--update", type=Path, nargs="+", metavar="FILE", help="renew the tables in these Markdown files"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of the records in the named files and folders, or renew the tables of Markdown files."""
+    options = _parser().parse_args(arguments)
     try:
-        records = read_records(options.records)
-        if not records:
-            raise InputError(f"records: expected .json files in {', '.join(map(str, options.records))}, got none")
+        if options.update:
+            for path in options.update:
+                path.write_text(updated(path.read_text()))
+        else:
+            print(_shown(sys.argv[1:] if arguments is None else arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    studies = list(dict.fromkeys(record["study"] for record in records if "study" in record))
-    tables = [study_table([record for record in records if record.get("study") == study]) for study in studies]
-    benchmarks = dict.fromkeys(record["benchmark"] for record in records if "benchmark" in record)
-    tables += [speed_table([record for record in records if record.get("benchmark") == name]) for name in benchmarks]
-    runs = [record for record in records if "method" in record]
-    print("\n\n".join([table(runs), *tables] if runs else tables))
     return 0
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
 
 from adapters import check_options
 from adapters.network import resolve
-from benchmarks import data
+from benchmarks import cifar, data
+from benchmarks.config import CONFIGS, read_config
+from benchmarks.task import annotate
 from synth_refine import InputError
 from third_party import plc, standard
 
@@ -163,8 +164,8 @@ def test_given_labels_belong_to_the_first_rows_and_the_rest_is_validation(tmp_pa
 def test_the_simulated_annotator_follows_the_transition_matrix() -> None:
     matrix = np.array([[0.6, 0.3, 0.1], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     truth = np.arange(3).repeat(5000)
-    labels = data._annotate(truth, matrix, seed=0)
-    assert_array_equal(labels, data._annotate(truth, matrix, seed=0))
+    labels = annotate(truth, matrix, seed=0)
+    assert_array_equal(labels, annotate(truth, matrix, seed=0))
     shares = np.bincount(labels[:5000], minlength=3) / 5000
     assert abs(shares - matrix[0]).max() < 0.03
     assert_array_equal(labels[5000:], truth[5000:])  # class 2 has no example
@@ -183,6 +184,25 @@ def test_without_further_rows_a_tenth_is_held_out(tmp_path: Path) -> None:
     assert_array_equal(task.noisy_validation.labels, given[held_out])
     assert_array_equal(task.clean_validation.labels, arrays["train_labels"][held_out])
     assert_array_equal(bench.true_labels, arrays["train_labels"][train])
+
+
+def test_noise_by_name_on_features_leaves_the_last_tenth_for_validation(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = make_arrays(features=True)
+    arrays |= {"train_labels": rng.integers(0, 5, 600), "train": rng.normal(size=(600, 6))}
+    arrays["train"][np.arange(600), arrays["train_labels"]] += 2
+    path = save(tmp_path, arrays)[0].rename(tmp_path / "cifar10-mine.npz")
+    for name, rate in {"clean": 0.0, "uniform-0.5": 0.5, "pmd-1-0.30": 0.3}.items():
+        bench = data.load(str(path), name)
+        assert bench.noise_name == name
+        assert bench.true_labels is not None
+        assert_array_equal(bench.true_labels, arrays["train_labels"][:540])
+        assert_array_equal(bench.task.clean_validation.labels, arrays["train_labels"][540:])
+        assert abs(float((bench.task.train.labels != bench.true_labels).double().mean()) - rate) < 0.05
+    with pytest.raises(InputError, match="noise: expected features for PMD noise by name, got pixels"):
+        data.load(str(save(tmp_path, make_arrays())[0]), "pmd-1-0.30")
+    with pytest.raises(InputError, match="noise: expected no asymmetric part, this data set has no class map"):
+        data.load(str(tmp_path / "mine.npz"), "asymmetric-0.4")
 
 
 def test_without_a_label_file_nobody_knows_the_true_labels(tmp_path: Path) -> None:
@@ -293,7 +313,7 @@ def fill_folders(folder: Path, names: list[str]) -> None:
 
 def test_image_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     fill_folders(tmp_path, ["cat", "01", "ship"])
-    images, labels = data.read_image_folders(tmp_path, ["cat", "dog", "ship"], 32)
+    images, labels = cifar.read_image_folders(tmp_path, ["cat", "dog", "ship"], 32)
     assert images.shape == (9, 3, 32, 32)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert images[:, 0, 5, 5].tolist() == [0, 0, 0, 10, 10, 10, 20, 20, 20]
@@ -309,11 +329,11 @@ def test_missing_double_empty_and_damaged_folders_are_one_clear_line(tmp_path: P
         (["empty"], "expected a folder empty or 00 in .*, got .*empty without an image"),
     ):
         with pytest.raises(InputError, match=f"synthetic: {message}") as caught:
-            data.read_image_folders(tmp_path, names, 32)
+            cifar.read_image_folders(tmp_path, names, 32)
         assert "\n" not in str(caught.value)
     (tmp_path / "cat" / "00001.png").write_bytes(b"cut off")
     with pytest.raises(InputError, match=r"synthetic: expected an image, .*00001\.png cannot be read"):
-        data.read_image_folders(tmp_path, ["cat"], 32)
+        cifar.read_image_folders(tmp_path, ["cat"], 32)
 
 
 def stand_in_for_cifar(monkeypatch: pytest.MonkeyPatch, train: NDArray[np.int64], classes: int) -> None:
@@ -321,7 +341,7 @@ def stand_in_for_cifar(monkeypatch: pytest.MonkeyPatch, train: NDArray[np.int64]
     images = {"train": torch.zeros(len(train), 3, 1, 1, dtype=torch.uint8)}
     images["test"] = images["train"][:100]
     names = [f"class{label}" for label in range(classes)]
-    monkeypatch.setattr(data, "_cifar_images", lambda *_: (images, {"train": train, "test": train[:100]}, names))
+    monkeypatch.setattr(cifar, "_cifar_images", lambda *_: (images, {"train": train, "test": train[:100]}, names))
 
 
 def test_cifar_keeps_the_last_five_thousand_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +390,7 @@ def test_without_a_network_one_line_says_what_to_fetch(tmp_path: Path, monkeypat
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"fetch https://\S+/cifar10-1-0\.35\.npy \(md5 \w{32}\) and put") as caught:
-        data._label_file("cifar10-1-0.35.npy", tmp_path / "noise_labels")
+        cifar._label_file("cifar10-1-0.35.npy", tmp_path / "noise_labels")
     assert "\n" not in str(caught.value)
 
 
@@ -379,8 +399,7 @@ def test_without_a_network_one_line_says_what_to_fetch(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
 def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
-    path = Path(data.__file__).parent / "configs" / f"{name}.yaml"
-    config = yaml.safe_load(path.read_text())
+    config = read_config(CONFIGS / f"{name}.yaml")
     assert config["dataset"] == name
     for noise_name in config["noise"]:
         data.noisy_labels(noise_name, np.arange(300) % 100, 100, pmd_stand_in, {0: 1})
@@ -391,7 +410,7 @@ def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_the_cifar_configs_are_the_published_recipes(name: str) -> None:
-    methods = yaml.safe_load((Path(data.__file__).parent / "configs" / f"{name}.yaml").read_text())["methods"]
+    methods = read_config(CONFIGS / f"{name}.yaml")["methods"]
     overshoot = dataclasses.replace(standard.Config(), warmup_overshoot=True)
     assert resolve("standard", standard.Config(), methods["standard"])[0] == overshoot
     assert resolve("relabel", standard.FINE_TUNE, methods["relabel"])[0] == standard.FINE_TUNE

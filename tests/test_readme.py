@@ -1,4 +1,4 @@
-"""The README is true: its tables come from the committed records, its links and commands exist."""
+"""The READMEs are true: their tables come from the committed records, their links, commands and recipes exist."""
 
 import re
 from pathlib import Path
@@ -8,23 +8,40 @@ import pytest
 from benchmarks import table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-TABLES = re.findall(r"<!-- python benchmarks/table\.py ([^\n]+) -->\n\n((?:\|[^\n]*\n|\n(?=\|))+)", README)
+READMES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("synth_refine/*/*.md"))]
+README = ROOT / "README.md"
+by_path = pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize(("arguments", "shown"), TABLES, ids=[arguments for arguments, _ in TABLES])
-def test_tables_come_from_records(arguments, shown, capsys):
-    assert table.main([str(ROOT / argument) for argument in arguments.split()]) == 0
-    assert capsys.readouterr().out == shown
+@by_path
+def test_tables_and_figures_come_from_records(path):
+    text = path.read_text()
+    assert text.count("<!-- python benchmarks/table.py") == text.count("<!-- end -->") == len(table.BLOCK.findall(text))
+    assert table.updated(text) == text
 
 
-def test_there_are_tables():
-    assert len(TABLES) == README.count("<!-- python benchmarks/table.py")
-    assert TABLES
+def test_an_old_table_is_renewed(tmp_path):
+    text = "# A\n\n<!-- python benchmarks/table.py benchmarks/results/from_folder -->\n\n| old |\n\n<!-- end -->\n\nB\n"
+    (path := tmp_path / "README.md").write_text(text)
+    assert table.main(["--update", str(path)]) == 0
+    renewed = path.read_text()
+    assert renewed == table.updated(renewed)
+    assert renewed.startswith("# A\n\n<!-- python")
+    assert "| digits " in renewed
+    assert "| old |" not in renewed
+    assert renewed.endswith("<!-- end -->\n\nB\n")
 
 
-def test_scripts_configs_and_pictures_exist():
-    paths = re.findall(r"(?:benchmarks|third_party)/[\w./-]+\.\w+", README)
-    assert paths
-    for path in paths:
-        assert (ROOT / path).exists(), path
+@by_path
+def test_links_pictures_and_named_files_exist(path):
+    text = path.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (path.parent / link).exists(), link
+    for named in re.findall(r"(?:synth_refine|benchmarks|third_party|adapters|tests)/[\w./-]+\.\w+", text):
+        assert (ROOT / named).exists(), named
+
+
+def test_the_first_screen_leads_on():
+    text = README.read_text()
+    assert len(text.splitlines()) < 220
+    assert re.search(r"^pip install '\.\[test\]'", text, re.MULTILINE)  # the checks of this repository run this line

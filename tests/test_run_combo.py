@@ -89,6 +89,44 @@ def test_records_are_named_by_the_content_of_the_synthetic_images(tmp_path, caps
     assert planned(tmp_path / "here") != by_default
 
 
+OWN_METHOD = """
+from adapters import Outcome
+
+def run(task, labels, options, seed, checkpoint=None):
+    return Outcome({"last": 0.5}, labels, [], {"depth": 3, **options})
+"""
+
+
+def test_a_method_of_the_users_own_needs_no_line_of_ours(arrays, tmp_path, monkeypatch, capsys):
+    (tmp_path / "their_package").mkdir()
+    (tmp_path / "their_package" / "loop.py").write_text(OWN_METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    method = "their_package.loop:run"
+    arguments = command(arrays, tmp_path, "--method", f"{method},standard", "--refine", "none,paper")
+    assert run_combo.main([*arguments, f"methods.{method}.depth=5", "methods.standard.epochs=1"]) == 0
+    records = [record for record in read_records([tmp_path / "blobs"]) if record["method"] == method]
+    assert [record["refiner"] for record in records] == ["none", "paper"]
+    assert all(record["settings"]["method"] == {"depth": 5} for record in records)
+    assert capsys.readouterr().out.count(method) == 2
+    assert run_combo.main(command(arrays, tmp_path, "--method", "their_package.loop:walk")) == 3
+    assert "got 'their_package.loop:walk' (module 'their_package.loop' has no attribute" in capsys.readouterr().err
+
+
+def test_an_adapter_without_defaults_is_one_line(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run_combo.ADAPTERS, "mine", run_combo.ADAPTERS["standard"])
+    assert run_combo.main(command(arrays, tmp_path, "--method", "mine", "methods.mine.epochs=1")) == 3
+    assert capsys.readouterr().err == "error: method: expected the defaults of mine in adapters.DEFAULTS, got none\n"
+
+
+def test_noise_by_name_joins_the_label_files(arrays, tmp_path, capsys):
+    more = ["--noise", "clean,uniform-0.3", "--method", "standard", "--refine", "none", "methods.standard.epochs=1"]
+    assert run_combo.main(command(arrays, tmp_path, *more)) == 0
+    noise = {record["noise"]: record["labels"]["noise_before"] for record in read_records([tmp_path / "blobs"])}
+    assert noise["clean"] == 0
+    assert 0.2 < noise["uniform-0.3"] < 0.4
+    assert "confused" in noise
+
+
 def test_dry_run_writes_nothing(arrays, tmp_path, capsys):
     assert run_combo.main(command(arrays, tmp_path / "out", "--dry-run")) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -108,7 +146,10 @@ def test_without_true_labels_the_noise_is_unknown(arrays, tmp_path, capsys):
 
 
 BAD_COMMANDS = {
-    "unknown method": (["--method", "plcc"], "method: expected one of standard, relabel, plc"),
+    "unknown method": (
+        ["--method", "plcc"],
+        "method: expected standard, relabel, plc, lra-clip, lra-simclr or package.module:function, got 'plcc'",
+    ),
     "method without settings": (
         ["--method", "lra-clip"],
         "method: expected a block of settings at methods.lra-clip in ",
@@ -154,7 +195,7 @@ def without_times(records):
     return [{key: value for key, value in record.items() if not key.endswith("_seconds")} for record in records]
 
 
-def test_ctrl_c_leaves_whole_records_and_the_same_command_goes_on(arrays, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_leaves_whole_records_and_the_same_command_resumes(arrays, tmp_path, monkeypatch, capsys):
     arguments = command(arrays, tmp_path, "--method", "standard,plc", "--refine", "none")
 
     def interrupted(*_):
@@ -163,7 +204,7 @@ def test_ctrl_c_leaves_whole_records_and_the_same_command_goes_on(arrays, tmp_pa
     with monkeypatch.context() as patch:
         patch.setitem(run_combo.ADAPTERS, "plc", interrupted)
         assert run_combo.main(arguments) == 130
-    assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
+    assert capsys.readouterr().err.endswith("stopped; run the same command again to resume\n")
     assert [record["method"] for record in read_records([tmp_path / "blobs"])] == ["standard"]
     assert run_combo.main(arguments) == 0
     assert {record["method"] for record in read_records([tmp_path / "blobs"])} == {"standard", "plc"}

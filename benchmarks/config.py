@@ -1,0 +1,151 @@
+"""A benchmark's YAML config, with `key=value` overrides, and the arguments that the scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks import data
+from synth_refine import InputError
+
+CONFIGS = Path(__file__).parent / "configs"
+KEYS = {
+    "dataset",
+    "noise",
+    "encoder",
+    "encoder_weights",
+    "synthetic_per_class",
+    "refiners",
+    "threshold",
+    "weight",
+    "initial",
+    "methods",
+    "seeds",
+}
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML config and put `key=value` overrides into it; dots lead into a block.
+
+    Raises:
+        InputError: No such file, no mapping, an unknown key, or an override without "=".
+    """
+    config = _read(path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"override: expected key=value, got {override!r}")
+        *blocks, last = _steps(key)
+        target = config
+        for block in blocks:
+            inner = target.setdefault(block, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"override: expected a block at {block}, got {inner!r} in {override!r}")
+            target = inner
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"override: expected a YAML value, got {override!r}") from error
+    unknown = sorted(set(config) - KEYS)
+    if unknown:
+        raise InputError(f"config: expected the keys {', '.join(sorted(KEYS))}, got {unknown[0]!r} in {path}")
+    config.setdefault("methods", {})
+    _check_types(config)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping of a file, over that of the file beside it which `base` names."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"config: expected a YAML file, {path} cannot be read: {reason}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"config: expected a mapping in {path}, got {type(config).__name__}")
+    base = config.pop("base", None)
+    return config if base is None else _merged(_read(path.parent / str(base)), config)
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        base[key] = _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return base
+
+
+def _steps(key: str) -> list[str]:
+    """The names on the way to a value; that of a method of the user's own, package.module:function, is one."""
+    if ":" not in key:
+        return key.split(".")
+    module, _, rest = key.partition(":")
+    block, _, module = module.partition(".")
+    function, *names = rest.split(".")
+    return [block, f"{module}:{function}", *names]
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Refuse values that would only fail in the middle of a run."""
+    blocks = {"methods": config["methods"], "initial": config.get("initial") or {}}
+    if isinstance(config["methods"], dict):
+        blocks |= {f"methods.{name}": block or {} for name, block in config["methods"].items()}
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise InputError(f"{name}: expected a block of settings, got {block!r}")
+    for name, kinds in {"threshold": (int, float), "weight": (int, float), "synthetic_per_class": (int,)}.items():
+        if name in config and not isinstance(config[name], kinds):
+            raise InputError(f"{name}: expected a number, got {config[name]!r}")
+    weight = config.get("weight", 0.5)
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight: expected a number in [0, 1], got {weight}")
+    threshold = config.get("threshold", 0)
+    if not -weight <= threshold <= 1:
+        raise InputError(f"threshold: expected a score, in [{-weight:g}, 1] at weight {weight:g}, got {threshold}")
+    for seed in as_list(config.get("seeds", 0)):
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seeds: expected integers from 0, got {seed!r}")
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The arguments that this script shares with run_ablation.py."""
+    add = parser.add_argument
+    add("--config", type=Path, help="YAML file; default: digits.yaml, with --data features.yaml or cifar10.yaml")
+    add("--data", type=Path, help="your arrays, an .npz file: train, train_labels, test, test_labels, synthetic, ...")
+    add("--given", type=Path, action="append", help="noisy labels of the first training rows; may be repeated")
+    add("--noise", help="comma-separated, for example clean,uniform-0.3: noise added to the true labels")
+    add("--data-root", type=Path, default=Path("data"), help="folder of CIFAR's files (default: %(default)s)")
+    add("--synthetic", type=Path, help="folder with one folder of synthetic images per class, for CIFAR")
+    add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="for example 0,1,2")
+    add("--out", type=Path, default=Path("runs"), help="folder for the records (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("overrides", nargs="*", metavar="key=value", help="config values, for example methods.plc.epochs=30")
+
+
+def resolve_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fill in the device and the config's path, and read the config."""
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: expected auto, cpu or a device that is there, got {arguments.device!r}") from error
+    if arguments.config is None:
+        arguments.config = CONFIGS / f"{_default_config(arguments.data)}.yaml"
+    return read_config(arguments.config, arguments.overrides)
+
+
+def _default_config(arrays: Path | None) -> str:
+    if arrays is None:
+        return "digits"
+    return "features" if data.holds_features(arrays) else "cifar10"

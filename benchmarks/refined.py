@@ -1,0 +1,220 @@
+"""Given labels, the evidence about them, and what each refiner makes of them; all computed once, when first needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters import Split
+from adapters.lra_diffusion import named_clip
+from adapters.standard import InitialClassifier, initial_classifier
+from benchmarks import data
+from benchmarks.cifar import CIFAR
+from benchmarks.config import as_list
+from benchmarks.evidence import Evidence
+from benchmarks.records import Record, content_digest, digest, tensor_digest, weights_used
+from benchmarks.refiners import REFINERS
+from benchmarks.task import Benchmark
+from synth_refine import InputError
+from synth_refine._io.atomic import file_hash
+from synth_refine.images.embed import embed_cached
+from third_party.parallel import first_process_first, from_first
+
+
+@dataclass(frozen=True)
+class GivenLabels:
+    """The labels that one group of runs starts from, and the seed of its random numbers."""
+
+    noise: str  # a name of the config, or the stem of a label file
+    path: Path | None  # the label file
+    seed: int
+    folder: Path  # of the records
+    files: Mapping[str, str | None]  # hashes
+
+
+def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[GivenLabels]:
+    """The noises and seeds of the command line, or else of the config."""
+    noises: list[tuple[str, Path | None]] = [(path.stem, path) for path in arguments.given or ()]
+    if arguments.noise:
+        noises += [(name, None) for name in arguments.noise.split(",")]
+    if not noises:
+        noises = [(name, None) for name in (["given"] if arguments.data else as_list(config.get("noise", "clean")))]
+    seeds = arguments.seeds if arguments.seeds is not None else as_list(config.get("seeds", 0))
+    folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
+    if not arguments.data and "dataset" not in config:
+        raise InputError(f"dataset: expected a name in {arguments.config}, or --data, got neither")
+    source: dict[str, str | None] = {"data": _file_hash("data", arguments.data)}
+    if not arguments.data:
+        synthetic = arguments.synthetic
+        if synthetic is None and config["dataset"] in CIFAR:
+            synthetic = arguments.data_root / "synthetic" / config["dataset"]
+        there = synthetic is not None and synthetic.exists()
+        source = {"dataset": config["dataset"], "synthetic": content_digest(synthetic) if there else None}
+    return [
+        GivenLabels(noise, path, int(seed), folder, {**source, "given": _file_hash("given", path)})
+        for noise, path in noises
+        for seed in seeds
+    ]
+
+
+def run_settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[str, Any]:
+    """What the outcome of a run depends on, so that a changed setting is another record."""
+    settings: dict[str, Any] = {"method": config["methods"].get(method) or {}, "refiner": {}}
+    if refiner == "paper":
+        settings["refiner"] = {key: config[key] for key in ("threshold", "weight") if key in config}
+    if refiner != "none":
+        settings["encoder"] = config.get("encoder", "classifier")
+        if "encoder_weights" in config:
+            settings["encoder_weights"] = config["encoder_weights"]
+        settings["synthetic_per_class"] = config.get("synthetic_per_class")
+    weights = {**weights_used(settings["method"]), **(weights_used(config) if refiner != "none" else {})}
+    if weights:
+        settings["weights_used"] = weights
+    if refiner != "none" or method == "relabel":
+        settings["initial"] = config.get("initial") or {}
+    return settings
+
+
+def _file_hash(argument: str, path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise InputError(f"{argument}: {path} cannot be read: {error.strerror}") from error
+
+
+def load(labels: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> Benchmark:
+    """The task of the command line, on the device, with as many synthetic images per class as the config says."""
+    benchmark = data.load(
+        str(arguments.data) if arguments.data else config["dataset"],
+        labels.noise,
+        data_root=arguments.data_root,
+        synthetic=arguments.synthetic,
+        given=labels.path,
+    )
+    device = torch.device(arguments.device)
+    task, truth = benchmark.task, benchmark.true_labels
+    if config.get("synthetic_per_class") is not None:
+        task = dataclasses.replace(task, synthetic=first_per_class(task.synthetic, config["synthetic_per_class"]))
+    return dataclasses.replace(benchmark, task=task.to(device), true_labels=None if truth is None else truth.to(device))
+
+
+def first_per_class(split: Split, count: int) -> Split:
+    """The first `count` rows of every class, in their order."""
+    ranks = torch.zeros_like(split.labels)
+    for label in range(int(split.labels.max()) + 1):
+        rows = split.labels == label
+        ranks[rows] = torch.arange(int(rows.sum()), device=ranks.device)
+    keep = ranks < count
+    return Split(split.inputs[keep], split.labels[keep])
+
+
+class Refined:
+    """Refined labels of one task and seed; the initial classifier and each refiner run once, when first asked for."""
+
+    def __init__(self, given: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+        """Remember what to work on."""
+        self.given = given
+        self.work = given.folder / ".work"  # for what a killed run goes on from
+        self._config, self._arguments = config, arguments
+        self._labels: dict[str, tuple[Tensor, float]] = {}
+
+    @cached_property
+    def benchmark(self) -> Benchmark:
+        """The task, on the device."""
+        return load(self.given, self._config, self._arguments)
+
+    @cached_property
+    def initial(self) -> InitialClassifier:
+        """The classifier trained on the given labels."""
+        task, options = self.benchmark.task, self._config.get("initial") or {}
+        splits = (task.train, task.noisy_validation, task.clean_validation)
+        contents = [tensor_digest(part) for split in splits for part in (split.inputs, split.labels)]
+        name = digest([*contents, self.given.seed, options])
+        return initial_classifier(task, options, self.given.seed, self.work / f"initial_{name}.safetensors")
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What refiners look at."""
+        task = self.benchmark.task
+        features, synthetic, text_prototypes = self._embeddings()
+        return Evidence(
+            features,
+            self.initial.train_logits,
+            task.train.labels,
+            synthetic,
+            task.synthetic.labels,
+            task.num_classes,
+            self.given.seed,
+            text_prototypes,
+            two_views=self._config.get("encoder", "classifier") not in ("classifier", "given"),
+        )
+
+    def labels(self, refiner: str) -> tuple[Tensor, float]:
+        """A refiner's labels and the seconds it took, without the initial classifier's training."""
+        if refiner == "none":
+            return self.benchmark.task.train.labels, 0.0
+        if refiner not in self._labels:
+            evidence, options = self.evidence, run_settings(self._config, "", refiner)["refiner"]
+            start = time.perf_counter()
+            labels = from_first(REFINERS[refiner](evidence, **options))
+            self._labels[refiner] = labels, time.perf_counter() - start
+        return self._labels[refiner]
+
+    def _embeddings(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features of training and synthetic images by the config's encoder, and its text prototypes if it reads."""
+        encoder, task = self._config.get("encoder", "classifier"), self.benchmark.task
+        if encoder == "classifier":
+            return self.initial.train_features, self.initial.synthetic_features, None
+        if task.is_pixels == (encoder == "given"):
+            wanted = (
+                "classifier or the name of a CLIP for pixels" if task.is_pixels else "classifier or given for features"
+            )
+            raise InputError(f"encoder: expected {wanted}, got {encoder!r}")
+        if encoder == "given":
+            return task.train.inputs, task.synthetic.inputs, None
+        clip = named_clip(encoder, self._config.get("encoder_weights", ""), task.train.inputs.device)
+        with first_process_first():
+            parts = [embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic)]
+        features, synthetic = parts
+        return features, synthetic, clip.text_prototypes(self.benchmark.class_names)
+
+
+def hard(labels: Tensor) -> Tensor:
+    return labels.argmax(dim=1) if labels.ndim == 2 else labels
+
+
+def wrong(labels: Tensor, truth: Tensor | None) -> float | None:
+    """Fraction of wrong labels; None where nobody knows."""
+    return None if truth is None else (labels.to(truth.device) != truth).double().mean().item()
+
+
+def flows(given: Tensor, refined: Tensor, truth: Tensor | None) -> Record:
+    """How many labels a refiner changed, and which way.
+
+    Example:
+        >>> flows(*(torch.tensor(row) for row in ([0, 1, 1, 2], [0, 0, 2, 1], [0, 0, 1, 0])))["wrong_to_right"]
+        1
+    """
+    counts: Record = {
+        "images": len(given),
+        "changed": int((given != refined).sum()),
+        "noise_before": wrong(given, truth),
+        "noise_after": wrong(refined, truth),
+    }
+    if truth is not None:
+        before, after = given == truth, refined == truth
+        counts["wrong_to_right"] = int((~before & after).sum())
+        counts["right_to_wrong"] = int((before & ~after).sum())
+        counts["wrong_to_wrong"] = int((~before & ~after & (given != refined)).sum())
+    return counts
