@@ -12,37 +12,33 @@ reader takes the files whose hashes run.json holds, under whichever of the two n
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import __version__
-from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder, write_atomic
+from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder
 from synth_refine._io.check import Array, InputError, check_array
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine._io.error import WrongBase as WrongBase
+from synth_refine._io.error import WrongIds as WrongIds
+from synth_refine._io.store import write_file
 from synth_refine._io.untrusted import open_plain, read_npy
 from synth_refine.labels.files import as_labels, labels_hash
 
 FORMAT = 1
 NAMES = ("labels.npy", "changes.csv", "ids.csv")
-
-
-class WrongBase(InputError):
-    """The labels at hand are not the ones that were refined."""
-
-
-class WrongIds(InputError):
-    """The ids of labels and images do not belong together."""
 
 
 class Damaged(InputError):
@@ -210,16 +206,41 @@ def record(
         action=np.select([changed, undecided], ["change", "abstain"], "keep"),
         reason=np.where(changed | undecided, reasons, ""),
         **scores,
-        run={
-            "format": FORMAT,
-            "num_classes": num_classes,
-            "given": {"sha256": labels_hash(before), "dtype": dtype.str, "count": len(before)},
-            "labels": {"sha256": labels_hash(after), "changed": int(changed.sum()), "abstained": int(undecided.sum())},
-            "inputs": dict(inputs or {}),
-            "settings": dict(settings or {}),
-            "versions": versions(),
-        },
+        run=run_of(
+            num_classes,
+            labels_hash(before),
+            dtype,
+            len(before),
+            labels_hash(after),
+            int(changed.sum()),
+            int(undecided.sum()),
+            settings or {},
+            inputs or {},
+        ),
     )
+
+
+def run_of(
+    num_classes: int,
+    given_hash: str,
+    dtype: np.dtype[Any],
+    count: int,
+    labels_hash: str,
+    changed: int,
+    abstained: int,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """What run.json says besides the hashes of files."""
+    return {
+        "format": FORMAT,
+        "num_classes": num_classes,
+        "given": {"sha256": given_hash, "dtype": dtype.str, "count": count},
+        "labels": {"sha256": labels_hash, "changed": changed, "abstained": abstained},
+        "inputs": dict(inputs),
+        "settings": dict(settings),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -245,16 +266,30 @@ def write_artifact(folder: str | os.PathLike[str], artifact: Artifact) -> None:
     contents = {"labels.npy": labels.getvalue(), "changes.csv": csv_bytes(artifact.table())}
     if artifact.ids is not None:
         contents["ids.csv"] = csv_bytes({"id": artifact.ids})
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    run = json.dumps({**artifact.run, "files": hashes}, indent=2, allow_nan=False) + "\n"
     with locked(root):
-        _settle(root)
-        for name, data in contents.items():
-            with write_atomic(_staged(root, name, hashes[name])) as file:
-                file.write(data)
-        with write_atomic(root / "run.json") as file:
-            file.write(run.encode())
-        _settle(root)
+        write_files(root, {name: partial(_put, data) for name, data in contents.items()}, artifact.run)
+
+
+def _put(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
+
+
+def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]], run: Mapping[str, Any]) -> None:
+    """Write the files of an artifact, however large, into a folder that is locked and free for them.
+
+    Args:
+        root: The folder.
+        contents: What writes each of `NAMES`.
+        run: As `Artifact.run`.
+    """
+    _settle(root)
+    hashes = {}
+    for name, write in contents.items():
+        place = root / f".{name}.{uuid.uuid4().hex}.tmp"
+        hashes[name] = write_file(place, write)
+        os.replace(place, _staged(root, name, hashes[name]))
+    write_file(root / "run.json", (json.dumps({**run, "files": hashes}, indent=2, allow_nan=False) + "\n").encode())
+    _settle(root)
 
 
 def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
