@@ -36,7 +36,7 @@ from synth_refine.labels.artifact import (
 )
 from synth_refine.labels.export import export
 from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
-from synth_refine.labels.review import decided
+from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
 from synth_refine.refine.anchored import anchored_posterior
 from synth_refine.refine.checks import agreement_doubt, check_row_order, prototype_classes
@@ -277,7 +277,7 @@ def _tree(options: argparse.Namespace, artifact: Artifact, write: Callable[..., 
 def _reviewed(options: argparse.Namespace) -> Artifact:
     """The artifact, or what the decisions of people left of it."""
     artifact = read_artifact(options.artifact)
-    return artifact if options.decisions is None else decided(artifact, options.decisions)
+    return artifact if options.decisions is None else reviewed(artifact, options.decisions)
 
 
 def _write(

@@ -39,14 +39,16 @@ from synth_refine.images.embed import content_hashes, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.sources import Images, open_images, read_classes
 from synth_refine.labels.artifact import Artifact, record, write_artifact
+from synth_refine.refine import thresholds
 from synth_refine.refine.anchored import FOLDS, anchored_posterior, fit_head, standardised
 from synth_refine.refine.checks import agreement_doubt, check_row_order, domain_gap, prototype_classes
 from synth_refine.refine.decide import REASONS, Answer, decide
 from synth_refine.refine.paper import refine_labels
 from synth_refine.refine.prototypes import class_prototypes, prototype_quality
-from synth_refine.refine.thresholds import SweepRow, calibrate_thresholds, sweep
+from synth_refine.refine.thresholds import calibrate_thresholds, sweep
 from synth_refine.review.charts import Review
-from synth_refine.review.report import write_report
+from synth_refine.review.evidence import Evidence, Quality, SweepRow, nearest_synthetic, taken_from
+from synth_refine.review.report import page_rows, write_report
 from synth_refine.synthetic.generate import PER_CLASS, generate_images, generator_by_name
 from synth_refine.synthetic.jobs import TEMPLATES, Generator
 from synth_refine.synthetic.text_to_image import SDXL_TURBO
@@ -61,7 +63,6 @@ FREE = {
 }  # settings that a folder of results may be gone on with otherwise
 EMBEDDED = {"features", "features.npy", "given.csv", "classes.yaml", "bad.csv"}  # what `embed` writes
 NOT_ESTIMATED = "not estimated: fewer than half of the held-out synthetic images are recognised"
-NEAREST = 5  # synthetic images shown beside a proposed change
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Refined:
 
     artifact: Artifact
     threshold: float | list[float] | None
-    sweep: Sequence[SweepRow]
+    sweep: Sequence[thresholds.SweepRow]
     notes: Mapping[str, str]
 
 
@@ -279,34 +280,20 @@ def _review(
     fit: NDArray[np.int64],
 ) -> Review:
     """What the page shows; synthetic images that could not be decoded are left out of it."""
-    artifact = refined.artifact
     reference: NDArray[Any] = anchors[fit]
-    made_for: NDArray[Any] = synthetic.labels[fit]
-    nearest = np.full((len(images.ids), min(NEAREST, len(fit))), -1, dtype=np.int64)
-    rows = np.flatnonzero((artifact.action != "keep") & np.isfinite(features).all(axis=1))
-    if len(rows):
-        # Each domain is centred on its own mean, or all synthetic images would be about equally near.
-        left = F.normalize(torch.from_numpy(features[rows] - np.nanmean(features, axis=0)), dim=1)
-        right = F.normalize(torch.from_numpy(reference - reference.mean(axis=0)), dim=1)
-        found = [part @ right.T for part in torch.split(left, 4096)]
-        nearest[rows] = torch.cat([one.topk(nearest.shape[1], dim=1).indices for one in found]).numpy()
-    return Review(
-        classes=images.classes,
-        ids=images.ids,
-        given=images.labels,
-        proposed=artifact.labels,
-        action=artifact.action,
-        confidence=artifact.confidence,
-        reason=artifact.reason,
-        nearest=nearest,
-        image=images.image,
-        synthetic_image=lambda row: synthetic.image(int(fit[row])),
-        synthetic_labels=made_for,
+    intended: NDArray[Any] = synthetic.labels[fit]
+    rows = page_rows(refined.artifact)
+    evidence = Evidence(
+        rows=rows,
+        nearest=nearest_synthetic(features, rows, reference),
+        synthetic_labels=intended,
+        synthetic_ids=[synthetic.ids[row] for row in fit.tolist()],
         threshold=refined.threshold,
-        sweep=refined.sweep,
-        quality=prototype_quality(reference, made_for, len(images.classes)),
+        sweep=[taken_from(SweepRow, row) for row in refined.sweep],
+        quality=taken_from(Quality, prototype_quality(reference, intended, len(images.classes))),
         notes=refined.notes,
     )
+    return Review(refined.artifact, evidence, images.image, lambda row: synthetic.image(int(fit[row])))
 
 
 def embed(settings: Settings) -> dict[str, Any]:
@@ -464,7 +451,7 @@ def _anchored(
     anchor_labels: NDArray[Any],
     num_classes: int,
     settings: Settings,
-) -> tuple[dict[str, Any], float | list[float] | None, list[SweepRow], dict[str, str]]:
+) -> tuple[dict[str, Any], float | list[float] | None, list[thresholds.SweepRow], dict[str, str]]:
     posterior = anchored_posterior(
         features,
         given,
@@ -506,7 +493,7 @@ def _paper(
     anchor_labels: NDArray[Any],
     num_classes: int,
     settings: Settings,
-) -> tuple[dict[str, Any], float | list[float] | None, list[SweepRow], dict[str, str]]:
+) -> tuple[dict[str, Any], float | list[float] | None, list[thresholds.SweepRow], dict[str, str]]:
     logits, anchor_logits = given_logits(features, given, anchors, num_classes, seed=settings.seed)
     limits: Any = settings.threshold
     if settings.threshold == "auto":

@@ -32,7 +32,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def example(seed: int = 0, count: int = 30, *, ids: bool = True) -> Artifact:
+def example(seed: int = 0, count: int = 30, *, ids: bool = True, sure: float = 1) -> Artifact:
     random = np.random.default_rng(seed)
     before, after = random.integers(0, 4, (2, count))
     undecided = (random.random(count) < 0.2) & (before == after)
@@ -42,7 +42,7 @@ def example(seed: int = 0, count: int = 30, *, ids: bool = True) -> Artifact:
         num_classes=4,
         ids=[f"{seed}/{row}.png" for row in range(count)] if ids else None,
         abstained=undecided,
-        confidence=random.random(count),
+        confidence=sure * random.random(count),
         margin=random.random(count),
         reason=[f"reason {row}" for row in range(count)],
         inputs={"features": "0" * 64},
@@ -100,12 +100,6 @@ def test_the_inputs_stay_as_they_are() -> None:
     assert record(before, after).apply(before).tolist() == [0, 0, 1]
 
 
-def test_ids_bring_labels_into_order() -> None:
-    made = record(np.array([0, 1, 2]), np.array([2, 1, 0]), ids=["a", "b", "c"])
-    assert made.apply(np.array([2, 0, 1]), ids=["c", "a", "b"]).tolist() == [0, 2, 1]
-    assert made.revert(np.array([0, 2, 1]), ids=["c", "a", "b"]).tolist() == [2, 0, 1]
-
-
 def test_labels_of_another_kind_are_refused() -> None:
     made = record(np.array([0, 1, 2]), np.array([2, 1, 0]), ids=["a", "b", "c"])
     for error, message, call in [
@@ -130,6 +124,7 @@ def test_labels_of_another_kind_are_refused() -> None:
         ({"ids": ["a"]}, "ids: expected 2, one per label, got 1"),
         ({"ids": ["a", "a"]}, "ids: expected every id once"),
         ({"abstained": np.array([True, True])}, "abstained: expected rows that keep their label, got row 1"),
+        ({"ids": ["a", "b\0"]}, "ids: expected text without zero bytes, got 'b"),
         ({"confidence": np.zeros(3)}, r"confidence: expected shape \(2,\), got \(3,\)"),
         ({"reason": ["a"]}, r"reason: expected shape \(2,\), got \(1,\)"),
     ],
@@ -193,27 +188,43 @@ def test_a_file_of_another_artifact_is_noticed(tmp_path: Path) -> None:
         read_artifact(tmp_path / "b")
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_only_what_is_ours_is_in_the_way_or_removed(tmp_path: Path) -> None:
     (tmp_path / "labels.npy").write_text("mine")
     with pytest.raises(InputError, match=r"folder: expected an artifact or an empty folder, but .* holds labels.npy"):
         write_artifact(tmp_path, example())
     assert content(tmp_path) == {"labels.npy": b"mine"}
+    folder, mine = (
+        tmp_path / "a",
+        ("shards", ".my-labels.npy.backup", ".~lock.ids.csv#", ".old_ids.csv", ".x.labels.npy"),
+    )
+    folder.mkdir()
+    for name in mine:
+        (folder / name).write_text("mine")
+    write_artifact(folder, example(ids=False))
+    (folder / "ids.csv").write_text("mine")
+    write_artifact(folder, example(ids=False))
+    assert {name for name, data in content(folder).items() if data == b"mine"} == {*mine, "ids.csv"}
 
 
-def test_replacing_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
-    write_artifact(tmp_path / "a", example(0, ids=True))
-    write_artifact(tmp_path / "a", example(1, ids=False))
-    write_artifact(tmp_path / "b", example(1, ids=False))
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-    before = content(tmp_path / "a")
-    write_artifact(tmp_path / "a", example(1, ids=False))  # the same once more
-    assert content(tmp_path / "a") == before
+def test_another_artifact_never_takes_the_place_of_one(tmp_path: Path) -> None:
+    write_artifact(tmp_path, example(0))
+    before = content(tmp_path)
+    write_artifact(tmp_path, example(0))  # the same once more
+    other = record(example(0).given, example(0).labels, num_classes=4, settings={"threshold": 0.7})
+    for changed, name in ((example(1), "given"), (other, "inputs")):
+        with pytest.raises(
+            InputError, match=f"folder: expected the same artifact as in .*, got other {name}; .* reverted"
+        ):
+            write_artifact(tmp_path, changed)
+    assert content(tmp_path) == before
 
 
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", example(0))
     with atomic.locked(tmp_path / "a"), pytest.raises(BlockingIOError, match="another process is writing"):
-        write_artifact(tmp_path / "a", example(1))
+        write_artifact(tmp_path / "a", example(0))
+    with atomic.locked(tmp_path / "a"):
+        write_artifact(tmp_path / "a", example(0), lock=False)
     assert same(read_artifact(tmp_path / "a"), example(0))
 
 
@@ -304,7 +315,7 @@ def _killed_at(point: int, run: Callable[[], None]) -> bool:
 @pytest.mark.parametrize("first", [True, False])
 def test_killed_at_any_write_the_old_or_the_new_artifact_is_there(tmp_path: Path, first: bool) -> None:
     """And a later write, or one that is killed at the same point again, still ends well."""
-    old, new, third = example(0, ids=True), example(1, ids=False), example(2, ids=True)
+    old, new, third = (example(sure=sure) for sure in (1, 0.5, 0.2))  # of other scores
     outcomes: list[str] = []
     for point in range(1, 1000):
         folder = tmp_path / str(point)
@@ -342,14 +353,14 @@ def test_a_failing_disk_is_reported_and_leaves_the_old_or_the_new_artifact(tmp_p
         counter = _Counter(point, fail)
         try:
             with _hit(counter):
-                write_artifact(folder, example(1))
+                write_artifact(folder, example(sure=0.5))
             failed = False
         except OSError as error:
             failed = error.errno == code
         read = read_artifact(folder)
-        assert same(read, example(1)) or (failed and same(read, example(0)))  # done, or reported and undone
-        write_artifact(folder, example(2))
-        assert same(read_artifact(folder), example(2))
+        assert same(read, example(sure=0.5)) or (failed and same(read, example(0)))  # done, or reported and undone
+        write_artifact(folder, example(sure=0.2))
+        assert same(read_artifact(folder), example(sure=0.2))
         shutil.rmtree(folder)
         if counter.count < point:
             break

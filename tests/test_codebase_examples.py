@@ -1,8 +1,9 @@
-"""The README's three lines per codebase, run against a dataset or a loader of that codebase's shape."""
+"""The recipes of synth_refine/labels/README.md, run against a dataset or a loader of that codebase's shape."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +16,9 @@ from synth_refine.labels.artifact import record, write_artifact
 from synth_refine.labels.files import read_labels, write_labels
 from synth_refine.labels.inject import StaleWarning, verify
 
-README = Path(__file__).parents[1] / "README.md"
-
-EXAMPLES = {
-    "PLC": """\
-labels = read_artifact("refined")
-export(labels, "plc", "noisy_labels/cifar10-1-0.35-ours.npy")
-# python train.py --noise_label_file cifar10-1-0.35-ours.npy --noise_level 0
-""",
-    "LRA-diffusion": """\
-labels = read_artifact("refined")
-export(labels, "lra", "noise_label/cifar10-1-0.35-ours.npy")
-# python train_CIFAR.py --noise_type cifar10-1-0.35-ours
-""",
-    "DivideMix": """\
-labels = read_artifact("refined")  # of the first 45,000 images; DivideMix trains on all 50,000
-export(labels, "dividemix", "cifar-10/0.2_sym.json", fill=read_labels("given-50000.npy"))
-# python Train_cifar.py --data_path cifar-10 --r 0.2 --noise_mode sym
-""",
-    "UNICON": """\
-labels = read_artifact("refined")
-export(labels, "unicon", "cifar-10/clean_0.2000_sym.npz", fill=read_labels("given-50000.npy"))
-# python Train_cifar.py --data_path cifar-10 --r 0.2 --noise_mode sym
-""",
-    "ELR, ELR+, SOP": """\
-labels = read_labels("refined-50000.npy")  # in the original order; the loader's random split is followed
-inject(data_loader.train_dataset, labels)  # with percent = 0 in the config, or fresh noise comes on top
-verify(data_loader.train_dataset, labels)
-""",
-    "Co-teaching": """\
-labels = read_labels("refined-50000.npy")
-inject(train_dataset, labels)  # warns that noise_or_not, which is only logged, is of the old labels
-verify(train_dataset, labels)
-""",
-    "CIFAR-N": """\
-labels, own = read_labels("refined-50000.npy"), np.array(train_set.targets)  # what its loader compares
-export(labels, "cifar-n", "data/CIFAR-10_refined.pt", clean_label=own)
-# python main.py --noise_path data/CIFAR-10_refined.pt --noise_type worst --is_human
-""",
-    "Clothing1M in DivideMix, UNICON, ELR+": """\
-labels, paths = read_labels_and_ids("refined.csv")
-export(labels, "kv", "annotations/noisy_label_kv.txt", ids=paths)
-# before the start: the file is read again in every epoch
-""",
-    "torchvision CIFAR10": """\
-labels = read_artifact("refined")  # of the first 45,000 images
-train_set = Subset(cifar, range(45_000))
-inject(train_set, labels)
-""",
-    "torchvision ImageFolder": """\
-labels, paths = read_labels_and_ids("refined.csv")  # ids: paths below the root, in any order
-inject(folder, labels, ids=paths)
-verify(folder, labels, ids=paths)
-""",
-    "Hugging Face": """\
-labels = read_labels("refined.npy")
-dataset = inject(dataset, labels).dataset  # a new one: these cannot be changed
-verify(dataset, labels)
-""",
-    "Anything else": """\
-report = inject(dataset, labels)  # register(YourDataset, adapter) if the labels are nowhere known
-verify(dataset, labels)  # again in the running epoch: a dataset rebuilt from its file would show
-report.revert()
-""",
-}
-
-IMPORTS = """\
-from synth_refine.labels.artifact import read_artifact
-from synth_refine.labels.export import export
-from synth_refine.labels.inject import inject, register, verify
-from synth_refine.labels.files import read_labels, read_labels_and_ids
-"""
+README = (Path(__file__).parents[1] / "synth_refine" / "labels" / "README.md").read_text()
+IMPORTS = README.split("```python\n")[1].split("```")[0]
+EXAMPLES = dict(re.findall(r"\*\*([^*\n]+)\*\*\n```python\n(.*?)```", README, re.DOTALL))
 
 
 def changed(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -186,13 +119,3 @@ def test_hugging_face_and_others(names: dict[str, Any]) -> None:
     names["dataset"] = shapes.Own(shapes.given_labels())
     check("Anything else", names)
     assert names["dataset"].hidden.tolist() == shapes.given_labels().tolist()
-
-
-def test_an_example_is_three_lines() -> None:
-    assert all(example.count("\n") == 3 for example in EXAMPLES.values())
-
-
-def test_the_readme_shows_these_examples() -> None:
-    text = README.read_text()
-    assert IMPORTS in text
-    assert [codebase for codebase, example in EXAMPLES.items() if example not in text] == []

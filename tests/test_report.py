@@ -17,14 +17,23 @@ import pytest
 from PIL import Image
 
 from synth_refine import cli
+from synth_refine._io.atomic import file_hash
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
-from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds, read_artifact, record, write_artifact
+from synth_refine.labels.artifact import WrongBase, WrongIds, read_artifact, record, write_artifact
 from synth_refine.labels.files import read_labels_and_ids, write_labels
-from synth_refine.labels.review import decided
+from synth_refine.labels.review import reviewed
 from synth_refine.refine.prototypes import prototype_quality
-from synth_refine.refine.thresholds import SweepRow
 from synth_refine.review.charts import Review
+from synth_refine.review.evidence import (
+    Evidence,
+    Quality,
+    SweepRow,
+    nearest_synthetic,
+    read_evidence,
+    taken_from,
+    write_evidence,
+)
 from synth_refine.review.report import SIDE, write_report
 
 CHROMIUM = "/usr/bin/chromium"
@@ -60,40 +69,36 @@ def review_of(count: int = 120, classes: tuple[str, ...] = ("cat", "dog", "frog"
     labels = np.arange(10 * len(classes)) // 10
     features = np.eye(len(classes), 8)[labels] + 0.1 * random.standard_normal((len(labels), 8))
     features[0] = features[-1] + 0.01
-    return Review(
-        classes=classes,
+    artifact = record(
+        given,
+        proposed,
+        num_classes=len(classes),
         ids=[f"{prefix}{classes[label]}/{row}.png" for row, label in enumerate(given)],
-        given=given,
-        proposed=proposed,
-        action=action,
+        abstained=action == "abstain",
         confidence=np.round(random.permutation(count) / count, 4),
-        reason=np.where(change, "more probable", np.where(action == "keep", "", "too close")),
+        reason=np.where(change, "more probable", "too close"),
+        settings={"classes": list(classes)},
+    )
+    evidence = Evidence(
+        rows=rows,
         nearest=np.stack([proposed * 10 + 1, proposed * 10 + 2, np.full(count, -1)], axis=1),
-        image=picture,
-        synthetic_image=lambda row: picture(1000 + row),
         synthetic_labels=labels,
+        synthetic_ids=[f"{row}.png" for row in range(len(labels))],
         threshold=0.6,
         sweep=[SweepRow(step / 10, 0.5 - step / 20, 0.1 + step / 50, float("nan"), 0) for step in range(10)],
-        quality=prototype_quality(features, labels),
+        quality=taken_from(Quality, prototype_quality(features, labels)),
         notes={"seed": "0", "encoder": "a name that is longer than a number"},
     )
+    return Review(artifact, evidence, picture, lambda row: picture(1000 + row))
 
 
-def artifact_of(review: Review) -> Artifact:
-    return record(
-        review.given,
-        review.proposed,
-        num_classes=len(review.classes),
-        ids=list(review.ids),
-        abstained=review.action == "abstain",
-        confidence=review.confidence,
-        reason=review.reason,
-        settings={"classes": list(review.classes)},
-    )
+def showing(review: Review, **changes: Any) -> Review:
+    """The same review with other evidence."""
+    return replace(review, evidence=replace(review.evidence, **changes))
 
 
 def changed(review: Review) -> list[int]:
-    return np.flatnonzero(review.action == "change").tolist()
+    return review.artifact.changed.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +217,14 @@ def test_the_page_shows_numbers_charts_and_pictures(small: Path, visit: Callable
         ["0.10", "45.0%", "12.0%", "unknown", "0"],
     ]
     assert "1 look like another class" in tab.locator("#quality-title + .hint").inner_text()
-    assert "made as cat, looks like frog" in tab.locator(".unfit").inner_text()
+    assert "intended as cat, looks like frog" in tab.locator(".unusable").inner_text()
     tab.evaluate("document.querySelectorAll('img').forEach((image) => (image.loading = 'eager'))")
     until(tab, "[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
 
 
 def test_thresholds_of_the_classes_are_told_apart_from_one(tmp_path: Path) -> None:
     def legends(threshold: Any) -> list[str]:
-        page = write_report(replace(review_of(), threshold=threshold), tmp_path).read_text()
+        page = write_report(showing(review_of(), threshold=threshold), tmp_path).read_text()
         return [html.unescape(text) for text in re.findall('<span class="key key-threshold">(.*?)</span>', page)]
 
     assert legends(0.6) == ["threshold 0.6", "threshold 0.6"]
@@ -237,7 +242,7 @@ def luminance(color: str) -> float:
 
 @pytest.mark.parametrize("dark", [0, 1])
 def test_colors_can_be_told_from_what_is_behind_them(dark: int) -> None:
-    css = resources.files("synth_refine").joinpath("page", "page.css").read_text("utf-8")
+    css = resources.files("synth_refine.review").joinpath("page", "page.css").read_text("utf-8")
     found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", css)
     colors = {name: pair[dark] for name, *pair in found}
     shades = ("accent", "accept", "reject", "correct")
@@ -252,22 +257,25 @@ def test_colors_can_be_told_from_what_is_behind_them(dark: int) -> None:
 
 def test_filters_and_sorting(small: Path, visit: Callable[..., Any]) -> None:
     review, tab = review_of(), visit(small)
+    artifact = review.artifact
     rows = changed(review)
-    sure = [review.ids[row] for row in sorted(rows, key=lambda row: -review.confidence[row])]
+    sure = [artifact.ids[row] for row in sorted(rows, key=lambda row: -artifact.confidence[row])]
     assert names(tab) == sure
     tab.select_option("#sort", "unsure")
     assert names(tab) == sure[::-1]
     tab.select_option("#sort", "row")
-    assert names(tab) == [review.ids[row] for row in rows]
+    assert names(tab) == [artifact.ids[row] for row in rows]
     tab.select_option("#sort", "pair")
-    pairs = [(review.given[row], review.proposed[row]) for row in map(list(review.ids).index, names(tab))]
+    pairs = [(artifact.given[row], artifact.labels[row]) for row in map(list(artifact.ids).index, names(tab))]
     assert pairs == sorted(pairs)
     tab.select_option("#new", label="frog")
-    expected = [review.ids[row] for row in rows if review.proposed[row] == 2]
+    expected = [artifact.ids[row] for row in rows if artifact.labels[row] == 2]
     assert sorted(names(tab)) == sorted(expected)
     tab.fill("#low", "0.3")
     tab.fill("#high", "0.8")
-    expected = [review.ids[row] for row in rows if review.proposed[row] == 2 and 0.3 <= review.confidence[row] <= 0.8]
+    expected = [
+        artifact.ids[row] for row in rows if artifact.labels[row] == 2 and 0.3 <= artifact.confidence[row] <= 0.8
+    ]
     assert sorted(names(tab)) == sorted(expected)
     tab.fill("#text", "/9")
     assert names(tab) == [one for one in names(tab) if "/9" in one]
@@ -280,7 +288,7 @@ def test_filters_and_sorting(small: Path, visit: Callable[..., Any]) -> None:
     assert tab.locator(".card").count() == int(first.inner_text().split()[-1])
     tab.click("#reset")
     tab.select_option("#kind", "0")
-    assert tab.locator(".card").count() == int((review.action == "abstain").sum())
+    assert tab.locator(".card").count() == int((artifact.action == "abstain").sum())
 
 
 def test_decide_with_the_keyboard_alone(small: Path, visit: Callable[..., Any], tmp_path: Path) -> None:
@@ -330,14 +338,15 @@ def test_decide_with_the_keyboard_alone(small: Path, visit: Callable[..., Any], 
 
 def test_decide_with_the_mouse(small: Path, visit: Callable[..., Any], tmp_path: Path) -> None:
     review, tab = review_of(), visit(small)
+    artifact = review.artifact
     order = names(tab)
     cards = tab.locator(".card")
     cards.nth(0).locator(".accept").click()
     cards.nth(1).locator(".reject").click()
     cards.nth(2).locator(".accept").click()
     cards.nth(2).locator(".accept").click()  # again takes it back
-    row = review.ids.index(order[3])
-    third = ({0, 1, 2} - {int(review.given[row]), int(review.proposed[row])}).pop()
+    row = artifact.ids.index(order[3])
+    third = ({0, 1, 2} - {int(artifact.given[row]), int(artifact.labels[row])}).pop()
     cards.nth(3).locator(".correct").click()
     tab.select_option("#class", str(third))
     tab.click("#correct-take")
@@ -351,8 +360,8 @@ def test_decide_with_the_mouse(small: Path, visit: Callable[..., Any], tmp_path:
     written = {
         row["id"]: (row["given"], row["decision"], row["label"]) for row in export(tab, tmp_path / "decisions.csv")
     }
-    where = [review.ids.index(one) for one in order]
-    given, proposed = ([review.classes[labels[row]] for row in where] for labels in (review.given, review.proposed))
+    where = [artifact.ids.index(one) for one in order]
+    given, proposed = ([review.classes[labels[row]] for row in where] for labels in (artifact.given, artifact.labels))
     assert written == {
         order[0]: (given[0], "accept", proposed[0]),
         order[1]: (given[1], "reject", given[1]),
@@ -414,10 +423,10 @@ def test_exported_decisions_can_be_loaded_again(small: Path, visit: Callable[...
 
 
 def hostile() -> Review:
-    review = review_of(60, HOSTILE)
+    review = showing(review_of(60, HOSTILE), notes=dict.fromkeys(HOSTILE, HOSTILE[1]))
+    reason = np.where(review.artifact.action == "change", HOSTILE[0], "").astype(object)
     ids = [f"{HOSTILE[row % 4]}{row}" for row in range(60)]
-    reason = np.where(review.action == "change", HOSTILE[0], "")
-    return replace(review, ids=ids, reason=reason, notes=dict.fromkeys(HOSTILE, HOSTILE[1]))
+    return replace(review, artifact=replace(review.artifact, ids=ids, reason=reason))
 
 
 def test_hostile_names_do_nothing_and_come_back_as_they_were(visit: Callable[..., Any], tmp_path: Path) -> None:
@@ -428,7 +437,7 @@ def test_hostile_names_do_nothing_and_come_back_as_they_were(visit: Callable[...
     assert tab.locator("script").count() == 2
     assert tab.locator("img[src=x], b").count() == 0
     shown = tab.evaluate("[...document.querySelectorAll('.card .name')].map((one) => one.textContent)")
-    assert set(shown) == {review.ids[row] for row in changed(review)}
+    assert set(shown) == {review.artifact.ids[row] for row in changed(review)}
     tab.click("#accept-all")
     tab.locator(".card .reject").first.click()
     tab.locator(".card .correct").last.click()
@@ -463,6 +472,48 @@ def test_the_policy_stops_what_escaping_would_have_missed(small: Path, browser: 
     context.close()
 
 
+def test_names_that_turn_the_direction_of_text_leave_the_numbers_alone(tmp_path: Path) -> None:
+    turned = "\u202ecat\u2069\u2066"
+    page = write_report(review_of(60, (turned, "dog", "f" * 30)), tmp_path).read_text()
+    shown = re.findall(r'<text x="(?:126|434)"[^>]*>(.*?) <tspan class="dim">(\d+)</tspan>', page)
+    assert [name for name, _ in shown] == ["\u2068\u202ecat\u2069", "\u2068dog\u2069", f"\u2068{'f' * 15}…\u2069"]
+    assert page.count("\u2068\u202ecat\u2069 →") == 2
+
+
+# ---- what a finished run keeps for the page ----
+
+
+def test_evidence_is_read_back_and_gives_the_same_page(tmp_path: Path) -> None:
+    for review in (review_of(), showing(review_of(), quality=None, threshold=[0.5, float("nan")], sweep=())):
+        write_evidence(tmp_path / "evidence.json", review.evidence)
+        again = replace(review, evidence=read_evidence(tmp_path / "evidence.json"))
+        assert again.evidence.synthetic_ids == review.evidence.synthetic_ids
+        assert write_report(review, tmp_path / "a").read_bytes() == write_report(again, tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "[" * 100_000, '{"rows": [1e400]}', "<html>"])
+def test_damaged_evidence_is_one_line(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "evidence.json").write_text(damage)
+    with pytest.raises(InputError, match="evidence: expected what a run wrote, but .* is damaged") as caught:
+        read_evidence(tmp_path / "evidence.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_nearest_synthetic_images_are_found_in_chunks_as_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synth_refine.review.evidence.REAL_ROWS", 7)
+    monkeypatch.setattr("synth_refine.review.evidence.SYNTHETIC_ROWS", 4)
+    random = np.random.default_rng(0)
+    features, synthetic = random.standard_normal((50, 6)), random.standard_normal((33, 6)) + 1
+    features[4] = np.nan
+    rows = np.array([9, 4, *range(10, 40)])
+    found = nearest_synthetic(features, rows, synthetic, k=5)
+    for row, near in zip(rows, found, strict=True):
+        left, right = features[row] - np.nanmean(features, axis=0), synthetic - synthetic.mean(axis=0)
+        cosine = right @ left / np.linalg.norm(right, axis=1)
+        assert near.tolist() == ([-1] * 5 if row == 4 else np.argsort(-cosine)[:5].tolist())
+    assert nearest_synthetic(features, rows, synthetic[:2], k=5).shape == (32, 2)
+
+
 # ---- many images, small screens, the dark ----
 
 
@@ -495,7 +546,7 @@ def test_5000_changes_stay_light(visit: Callable[..., Any], tmp_path: Path, monk
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_needs_no_sideways_scrolling(scheme: str, visit: Callable[..., Any], tmp_path: Path) -> None:
-    review = review_of(60, ("c" * 80, "a class with many words in its long name", "f"), prefix="folder/" * 20)
+    review = review_of(60, ("c" * 400, "a class with many words in its long name", "f"), prefix="folder/" * 10)
     tab = visit(
         write_report(review, tmp_path, title="t" * 100),
         viewport={"width": 390, "height": 844},
@@ -600,14 +651,8 @@ def test_a_picture_that_cannot_be_read_is_said_and_no_camera_notes_get_in(
 
 def test_nothing_to_review(visit: Callable[..., Any], tmp_path: Path) -> None:
     review = review_of(30)
-    calm = replace(
-        review,
-        proposed=review.given,
-        action=np.full(30, "keep"),
-        confidence=np.full(30, np.nan),
-        sweep=(),
-        quality=None,
-    )
+    artifact = review.artifact
+    calm = replace(showing(review, sweep=(), quality=None), artifact=record(artifact.given, artifact.given))
     tab = visit(write_report(calm, tmp_path))
     assert tab.locator(".card").count() == 0
     tab.keyboard.press("ArrowRight")
@@ -617,19 +662,20 @@ def test_nothing_to_review(visit: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": ("cat", "cat", "frog")}, "classes: expected every id once"),
-        ({"ids": ["one"] * 120}, "ids: expected every id once"),
-        ({"proposed": np.full(120, 3)}, "proposed: expected classes 0 to 2"),
-        ({"confidence": np.zeros(3)}, r"confidence: expected shape \(120,\)"),
-        ({"action": np.full(120, "perhaps")}, "action: expected keep, change or abstain"),
-        ({"action": np.full(120, "keep")}, "action: expected change exactly where"),
+        ({"names": ("cat", "cat", "frog")}, "classes: expected every id once"),
+        ({"names": ("cat", "dog")}, "classes: expected 3 names, got 2"),
+        ({"rows": np.arange(1, 121)}, "rows: expected classes 0 to 119, got 120"),
         ({"nearest": np.full((120, 1), 30)}, "nearest: expected rows from -1 to 29, got 30"),
-        ({"quality": prototype_quality(np.eye(3), np.arange(3))}, r"quality: expected shape \(30,\)"),
+        ({"nearest": np.full((3, 1), 0)}, r"nearest: expected shape \(120, K\), got \(3, 1\)"),
+        (
+            {"quality": taken_from(Quality, prototype_quality(np.eye(3), np.arange(3)))},
+            r"quality: expected shape \(30,\)",
+        ),
     ],
 )
 def test_reviews_that_do_not_fit_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        write_report(replace(review_of(), **change), tmp_path)
+        write_report(replace(review_of(), **change) if "names" in change else showing(review_of(), **change), tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -641,11 +687,12 @@ def test_from_the_page_to_label_files_and_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     review = hostile()
-    write_artifact("refined", artifact_of(review))
+    artifact = review.artifact
+    write_artifact("refined", review.artifact)
     shuffled = np.random.default_rng(1).permutation(60)
-    write_labels("given.csv", review.given[shuffled], [review.ids[row] for row in shuffled])
+    write_labels("given.csv", artifact.given[shuffled], [artifact.ids[row] for row in shuffled])
     tab = visit(write_report(review, tmp_path / "page"))
-    rows = [row for row in changed(review) if (review.given[row], review.proposed[row]) == (0, 1)]
+    rows = [row for row in changed(review) if (artifact.given[row], artifact.labels[row]) == (0, 1)]
     tab.select_option("#old", "0")
     tab.select_option("#new", "1")
     tab.click("#accept-all")
@@ -661,18 +708,18 @@ def test_from_the_page_to_label_files_and_back(
     tab.click("#correct-take")
     export(tab, tmp_path / "decisions.csv")
 
-    reviewed = ["--decisions", "decisions.csv"]
-    assert cli.main(["apply", "refined", "--given", "given.csv", "--out", "new.csv", *reviewed]) == 0
+    write_artifact("reviewed", reviewed(read_artifact("refined"), "decisions.csv"))
+    assert cli.main(["apply", "reviewed", "--given", "given.csv", "--out", "new.csv"]) == 0
     labels, ids = read_labels_and_ids("new.csv")
     assert ids is not None
-    expected = review.given.copy()
+    expected = artifact.given.copy()
     expected[rows[1:-1]] = 1
     expected[rows[-1]] = 3
-    expected[np.flatnonzero(review.action == "abstain")[0]] = 2
-    assert dict(zip(ids, labels.tolist(), strict=True)) == dict(zip(review.ids, expected.tolist(), strict=True))
-    assert (expected != review.given).any()
-    assert (expected != review.proposed).any()
-    assert cli.main(["revert", "refined", "--labels", "new.csv", "--out", "back.csv", *reviewed]) == 0
+    expected[np.flatnonzero(artifact.action == "abstain")[0]] = 2
+    assert dict(zip(ids, labels.tolist(), strict=True)) == dict(zip(artifact.ids, expected.tolist(), strict=True))
+    assert (expected != artifact.given).any()
+    assert (expected != artifact.labels).any()
+    assert cli.main(["revert", "reviewed", "--labels", "new.csv", "--out", "back.csv"]) == 0
     assert Path("back.csv").read_bytes() == Path("given.csv").read_bytes()
 
 
@@ -689,15 +736,18 @@ def test_what_nobody_decided_on_stays_and_is_marked(tmp_path: Path) -> None:
     file = decisions(
         tmp_path / "d.csv", ("0", "0", "accept", "1"), ("2", "2", "reject", "2"), ("1", "1", "correct", "0")
     )
-    result = decided(artifact, file)
+    result = reviewed(artifact, file)
     assert result.labels.tolist() == [1, 0, 2, 0]
     assert result.action.tolist() == ["change", "change", "keep", "abstain"]
     assert result.reason.tolist() == ["x", "corrected by hand", "", "x"]
-    assert set(result.run["inputs"]) == {"decisions"}
+    assert result.run["reviewed"] == {"artifact": artifact.hash, "decisions": file_hash(file)}
     assert artifact.labels.tolist() == [1, 1, 0, 2]
     write_artifact(tmp_path / "result", result)
     assert read_artifact(tmp_path / "result").labels.tolist() == [1, 0, 2, 0]
-    assert decided(artifact, decisions(tmp_path / "none.csv")).labels.tolist() == [0, 1, 2, 0]
+    assert read_artifact(tmp_path / "result").revert(result.labels).tolist() == [0, 1, 2, 0]
+    again = decisions(tmp_path / "again.csv", ("0", "0", "reject", "0"))
+    assert reviewed(result, again).run["reviewed"]["artifact"] == result.hash != artifact.hash
+    assert reviewed(artifact, decisions(tmp_path / "none.csv")).labels.tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -716,15 +766,15 @@ def test_decisions_about_something_else_are_refused(
 ) -> None:
     artifact = record(np.array([0, 1, 2]), np.array([1, 1, 0]), num_classes=3)
     with pytest.raises(error, match=message):
-        decided(artifact, decisions(tmp_path / "d.csv", row))
+        reviewed(artifact, decisions(tmp_path / "d.csv", row))
 
 
 def test_tables_that_are_no_decisions_are_refused(tmp_path: Path) -> None:
     artifact = record(np.array([0, 1]), np.array([1, 1]))
     with pytest.raises(InputError, match="expected every id once"):
-        decided(artifact, decisions(tmp_path / "d.csv", *[("0", "0", "accept", "1")] * 2))
+        reviewed(artifact, decisions(tmp_path / "d.csv", *[("0", "0", "accept", "1")] * 2))
     (tmp_path / "d.csv").write_text("id,label\n0,1\n")
     with pytest.raises(InputError, match="got no given"):
-        decided(artifact, tmp_path / "d.csv")
+        reviewed(artifact, tmp_path / "d.csv")
     with pytest.raises(InputError, match="classes: expected 2 names, got 1"):
-        decided(artifact, decisions(tmp_path / "d.csv"), ["cat"])
+        reviewed(artifact, decisions(tmp_path / "d.csv"), ["cat"])

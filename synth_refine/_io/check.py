@@ -13,6 +13,7 @@ from synth_refine._io.error import InputError as InputError
 
 Array: TypeAlias = "NDArray[Any] | Tensor"
 ArrayT = TypeVar("ArrayT", "NDArray[np.generic]", Tensor)
+LabelsT = TypeVar("LabelsT", "NDArray[np.integer[Any]]", Tensor)
 
 
 def shape_text(shape: tuple[int | str, ...]) -> str:
@@ -89,3 +90,13 @@ def float_tensor(value: Array, dtype: torch.dtype, device: torch.device) -> Tens
 def label_tensor(value: Array, device: torch.device) -> Tensor:
     """Labels as int64 on a device; NumPy arrays, which may be read-only, are copied."""
     return torch.as_tensor(value if isinstance(value, Tensor) else np.array(value), device=device).long()
+
+
+def labels_like(name: str, given: LabelsT, labels: NDArray[np.integer[Any]]) -> LabelsT:
+    """Labels in the kind (NumPy or torch), type and device of the ones given, whose type must hold every class."""
+    most = torch.iinfo(given.dtype).max if isinstance(given, Tensor) else np.iinfo(given.dtype).max
+    if labels.size and int(labels.max()) > most:
+        raise InputError(f"{name}: expected a type that holds class {labels.max()}, got {given.dtype}")
+    if isinstance(given, Tensor):
+        return torch.from_numpy(labels.astype(np.int64)).to(given)
+    return labels.astype(given.dtype)

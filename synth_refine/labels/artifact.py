@@ -1,13 +1,14 @@
-"""The artifact of a refinement: a folder that says what was changed, why and from what, and can undo it.
+"""Given and refined labels in, a folder out that says what was changed, why and from what, and can undo it.
 
     labels.npy   the refined labels, (N,) int64
-    changes.csv  one row per image that was changed or left undecided: id, old, new, action, confidence, margin, reason
+    changes.csv  one row per image that was changed or abstained from: id, old, new, action, confidence, margin, reason
     ids.csv      the id of every row, where the given labels came with ids
     run.json     hashes of the inputs and of the files above, settings, seed, versions
 
-An artifact is replaced whole. The new files are laid beside the old ones under names that hold their hash, then the new
-run.json takes the place of the old one, which is the one moment that counts, then the files take their plain names. A
-reader takes the files whose hashes run.json holds, under whichever of the two names they stand.
+The new files are laid beside the old ones under names that hold their hash, then run.json is written, which is the one
+moment that counts, then the files take their plain names. A reader takes the files whose hashes run.json holds, under
+whichever of the two names they stand. An artifact is never replaced by another one: without it, what it was applied to
+could not be reverted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import io
 import json
 import os
 import platform
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -29,7 +32,7 @@ from numpy.typing import NDArray
 
 from synth_refine import __version__
 from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder
-from synth_refine._io.check import Array, InputError, check_array
+from synth_refine._io.check import Array, InputError, LabelsT, check_array, labels_like
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase as WrongBase
 from synth_refine._io.error import WrongIds as WrongIds
@@ -39,6 +42,8 @@ from synth_refine.labels.files import as_labels, labels_hash
 
 FORMAT = 1
 NAMES = ("labels.npy", "changes.csv", "ids.csv")
+BESIDE = {"shards", "work", "manifest.jsonl", "settings.json", "config.json"}
+"""What a refinement over shards keeps in the folder of its artifact."""
 
 
 class Damaged(InputError):
@@ -53,20 +58,20 @@ class Artifact:
         given: The labels as given, (N,), in the integer type they came in.
         labels: The refined labels, (N,) int64.
         ids: The id of every row; None where the row number is the id.
-        action: What was decided for every row: keep, change or abstain, (N,).
+        action: What was decided for every row, (N,) texts: keep, change or abstain.
         confidence: The score of the decision, (N,); NaN where none is known. Kept rows lose it on disk.
         margin: By how much the best class beats the second, (N,); NaN where it is not known. Kept rows lose it on disk.
-        reason: Why a row was changed or left undecided, (N,); empty for kept rows.
+        reason: Why a row was changed or abstained from, (N,) texts; empty for kept rows.
         run: Hashes of the inputs, settings, seed and versions, as run.json holds them.
     """
 
     given: NDArray[np.integer[Any]]
     labels: NDArray[np.int64]
     ids: list[str] | None
-    action: NDArray[np.str_]
+    action: NDArray[np.object_]
     confidence: NDArray[np.float64]
     margin: NDArray[np.float64]
-    reason: NDArray[np.str_]
+    reason: NDArray[np.object_]
     run: dict[str, Any] = field(repr=False)
 
     @property
@@ -79,8 +84,24 @@ class Artifact:
         """C, the number of classes."""
         return int(self.run["num_classes"])
 
-    def apply(self, given: Array, ids: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """The refined labels for the given ones, in the order of `given`.
+    @property
+    def names(self) -> Sequence[str]:
+        """The id of every row: its own, or else its number."""
+        return list(map(str, range(len(self.labels)))) if self.ids is None else self.ids
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The class names, (C,), where the settings hold them."""
+        classes = self.run.get("settings", {}).get("classes")
+        return list(map(str, classes)) if isinstance(classes, list) and len(classes) == self.num_classes else None
+
+    @property
+    def hash(self) -> str:
+        """The SHA-256, in hex, of all that run.json says besides the hashes of files: tells artifacts apart."""
+        return hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
+
+    def apply(self, given: LabelsT, ids: Sequence[str] | None = None) -> LabelsT:
+        """The refined labels, in the order, kind (NumPy or torch), type and device of `given`, which stays as it is.
 
         Args:
             given: The labels that were refined, (N,) integers; with `ids` in any order.
@@ -89,62 +110,57 @@ class Artifact:
         Raises:
             WrongBase: `given` are other labels than the refined ones.
             WrongIds: Other ids than the artifact's.
+            InputError: `given` are no labels, or of a type that cannot hold the refined ones.
 
         Example:
             >>> artifact = record(np.array([0, 1, 1]), np.array([0, 1, 0]))
             >>> artifact.apply(np.array([0, 1, 1]))
             array([0, 1, 0])
         """
-        return self._swap("given", given, ids, self.given, self.labels).astype(np.int64)
+        return self._swap("given", given, ids, self.given, self.labels)
 
-    def revert(self, labels: Array, ids: Sequence[str] | None = None) -> NDArray[np.integer[Any]]:
-        """The given labels for the refined ones, bit for bit and in the type they came in; the inverse of `apply`."""
+    def revert(self, labels: LabelsT, ids: Sequence[str] | None = None) -> LabelsT:
+        """The given labels for the refined ones; the inverse of `apply`, with the same contract."""
         return self._swap("labels", labels, ids, self.labels, self.given)
 
     def _swap(
         self,
         name: str,
-        labels: Array,
+        labels: LabelsT,
         ids: Sequence[str] | None,
         before: NDArray[np.integer[Any]],
         after: NDArray[np.integer[Any]],
-    ) -> NDArray[np.integer[Any]]:
+    ) -> LabelsT:
         values = as_labels(name, labels)
         if len(values) != len(before):
             raise WrongBase(f"{name}: expected the {len(before)} labels that this artifact is about, got {len(values)}")
-        order = np.arange(len(before)) if ids is None else self.rows_of(ids)
+        order = slice(None) if ids is None else self.rows_of(ids)
         differ = np.flatnonzero(values != before[order])
         if differ.size:
             raise WrongBase(
                 f"{name}: expected the labels with hash {labels_hash(before)[:12]} that this artifact is about, "
                 f"got others: {differ.size} of {len(values)} differ, the first in row {differ[0]}"
             )
-        return after[order]
+        return labels_like(name, labels, after[order])
 
     def rows_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """The row of every id; the ids must be the artifact's, in any order."""
         check_unique("ids", ids)
-        own = self.ids if self.ids is not None else list(map(str, range(len(self.labels))))
-        rows = {one: row for row, one in enumerate(own)}
-        if len(ids) != len(own):
-            raise WrongIds(f"ids: expected the artifact's {len(own)}, got {len(ids)}")
+        rows = {one: row for row, one in enumerate(self.names)}
+        if len(ids) != len(rows):
+            raise WrongIds(f"ids: expected the artifact's {len(rows)}, got {len(ids)}")
         unknown = [one for one in ids if one not in rows]
         if unknown:
             raise WrongIds(f"ids: expected ids of the artifact, got {len(unknown)} others, the first is {unknown[0]!r}")
         return np.array([rows[one] for one in ids], dtype=np.int64)
 
     def table(self) -> dict[str, list[Any]]:
-        """The columns of changes.csv: the rows that were changed or left undecided."""
+        """The columns of changes.csv: the rows that were changed or abstained from."""
         rows = np.flatnonzero(self.action != "keep")
-        return {
-            "id": rows.tolist() if self.ids is None else [self.ids[row] for row in rows],
-            "old": self.given[rows].tolist(),
-            "new": self.labels[rows].tolist(),
-            "action": self.action[rows].tolist(),
-            "confidence": self.confidence[rows].tolist(),
-            "margin": self.margin[rows].tolist(),
-            "reason": self.reason[rows].tolist(),
-        }
+        columns = {"old": self.given, "new": self.labels, "action": self.action}
+        columns |= {"confidence": self.confidence, "margin": self.margin, "reason": self.reason}
+        ids = rows.tolist() if self.ids is None else [self.ids[row] for row in rows]
+        return {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
 
 
 def record(
@@ -156,7 +172,7 @@ def record(
     abstained: NDArray[np.bool_] | None = None,
     confidence: Array | None = None,
     margin: Array | None = None,
-    reason: Sequence[str] | NDArray[np.str_] | str = "",
+    reason: Sequence[str] | NDArray[Any] | str = "",
     inputs: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Artifact:
@@ -170,41 +186,44 @@ def record(
         abstained: Rows that the refiner would not decide, (N,); they keep their label.
         confidence: The score of every decision, (N,).
         margin: By how much the best class beats the second, (N,).
-        reason: Why rows were changed or left undecided, one text or (N,).
+        reason: Why rows were changed or abstained from, one text or (N,).
         inputs: Hashes or names of the data, encoder and prototypes.
-        settings: Refiner, threshold, seed.
+        settings: Refiner, threshold, seed, class names as `classes`.
 
     Raises:
-        InputError: Shapes, types or ranges that do not fit, or an undecided row with a changed label.
+        InputError: Shapes, types, ranges or ids that do not fit, or an abstained row with a changed label.
     """
     before = as_labels("given", given, num_classes)
     after = as_labels("labels", labels, num_classes)
     check_array("labels", after, before.shape)
     if num_classes is None:
         num_classes = int(max(before.max(), after.max())) + 1 if before.size else 0
-    undecided = np.zeros(len(before), dtype=bool) if abstained is None else np.asarray(abstained, dtype=bool)
-    check_array("abstained", undecided, before.shape)
+    open_rows = np.zeros(len(before), dtype=bool) if abstained is None else np.asarray(abstained, dtype=bool)
+    check_array("abstained", open_rows, before.shape)
     changed = before != after
-    if bool((changed & undecided).any()):
-        raise InputError(f"abstained: expected rows that keep their label, got row {(changed & undecided).argmax()}")
+    if bool((changed & open_rows).any()):
+        raise InputError(f"abstained: expected rows that keep their label, got row {(changed & open_rows).argmax()}")
     names = None if ids is None else [str(one) for one in ids]
     if names is not None:
         if len(names) != len(before):
             raise InputError(f"ids: expected {len(before)}, one per label, got {len(names)}")
         check_unique("ids", names)
-    reasons = np.full(len(before), reason) if isinstance(reason, str) else np.asarray(reason, dtype=np.str_)
+        if bad := next((one for one in names if "\0" in one), None):
+            raise InputError(f"ids: expected text without zero bytes, got {bad!r}")
+    # Objects, since NumPy's texts take the room of the longest one in every row.
+    reasons = np.full(len(before), reason, object) if isinstance(reason, str) else np.asarray(reason, dtype=object)
     check_array("reason", reasons, before.shape)
-    dtype = np.dtype(str(given.dtype).removeprefix("torch.")) if not isinstance(given, np.ndarray) else given.dtype
     scores = {}
     for name, values in (("confidence", confidence), ("margin", margin)):
         scores[name] = np.full(len(before), np.nan) if values is None else np.array(values, dtype=np.float64)
         check_array(name, scores[name], before.shape)
+    dtype = np.dtype(str(given.dtype).removeprefix("torch."))
     return Artifact(
         given=before.astype(dtype),
         labels=after,
         ids=names,
-        action=np.select([changed, undecided], ["change", "abstain"], "keep"),
-        reason=np.where(changed | undecided, reasons, ""),
+        action=np.array(["keep", "change", "abstain"], dtype=object)[changed + 2 * open_rows],
+        reason=np.where(changed | open_rows, reasons, ""),
         **scores,
         run=run_of(
             num_classes,
@@ -213,7 +232,7 @@ def record(
             len(before),
             labels_hash(after),
             int(changed.sum()),
-            int(undecided.sum()),
+            int(open_rows.sum()),
             settings or {},
             inputs or {},
         ),
@@ -249,24 +268,27 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "synth-refine": __version__, **others}
 
 
-def write_artifact(folder: str | os.PathLike[str], artifact: Artifact) -> None:
-    """Write an artifact whole or not at all; killed at any moment, the folder holds the old one or the new one.
+def write_artifact(folder: str | os.PathLike[str], artifact: Artifact, *, lock: bool = True) -> None:
+    """Write an artifact whole or not at all; after a kill at any moment, run it again.
+
+    Args:
+        folder: A new or empty folder, one of a refinement over shards, or one that holds the same artifact. Hidden
+            files in it stay.
+        artifact: What to write.
+        lock: Keep other writers out; False where the caller does.
 
     Raises:
-        InputError: The folder holds something else than an artifact.
+        InputError: The folder holds something else, or an artifact of other inputs or settings.
         OSError: The folder cannot be written, or another process is writing to it.
     """
     root = make_folder("folder", folder)
-    if not (root / "run.json").exists():
-        others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
-        if others:
-            raise InputError(f"folder: expected an artifact or an empty folder, but {root} holds {others[0]}")
     labels = io.BytesIO()
     np.save(labels, artifact.labels, allow_pickle=False)
     contents = {"labels.npy": labels.getvalue(), "changes.csv": csv_bytes(artifact.table())}
     if artifact.ids is not None:
         contents["ids.csv"] = csv_bytes({"id": artifact.ids})
-    with locked(root):
+    with locked(root) if lock else nullcontext():
+        check_free(root, artifact.run)
         write_files(root, {name: partial(_put, data) for name, data in contents.items()}, artifact.run)
 
 
@@ -292,6 +314,33 @@ def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]]
     _settle(root)
 
 
+def check_free(folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
+    """Refuse a folder of something else, or of another artifact, which alone can revert what it was applied to.
+
+    Args:
+        folder: Where an artifact is to be written.
+        run: Its `Artifact.run`; None where that is not known yet.
+
+    Raises:
+        InputError: As said; the message names what differs.
+    """
+    root = Path(folder)
+    if not (root / "run.json").exists():
+        found = (path.name for path in sorted(root.glob("[!.]*")) if path.name not in BESIDE)
+        if (other := next(found, None)) is not None:
+            raise InputError(f"folder: expected an artifact or an empty folder, but {root} holds {other}")
+        return
+    if run is None:
+        return
+    there = _read_run(root)
+    for name in sorted((run.keys() | there.keys()) - {"versions", "files"}):
+        if json.dumps(there.get(name), sort_keys=True) != json.dumps(run.get(name), sort_keys=True):
+            raise InputError(
+                f"folder: expected the same artifact as in {root}, got other {name}; without that one, what it was "
+                "applied to cannot be reverted: choose another folder"
+            )
+
+
 def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
     """Read an artifact and check every hash in it.
 
@@ -301,13 +350,16 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
     """
     root = Path(folder)
     run = _read_run(root)
-    paths = {name: _find(root, name, run["files"].get(name)) for name in NAMES if name in run["files"]}
+    paths = {name: _find(root, name, run["files"][name]) for name in NAMES if name in run["files"]}
     labels = np.array(read_npy("labels", paths["labels.npy"], "i"), dtype=np.int64)
     ids = read_csv("ids", paths["ids.csv"])["id"] if "ids.csv" in paths else None
     table = read_csv("changes", paths["changes.csv"])
-    rows_by_id = {one: row for row, one in enumerate(ids if ids is not None else map(str, range(len(labels))))}
     try:
-        rows = np.array([rows_by_id[one] for one in table["id"]], dtype=np.int64)
+        if ids is not None:
+            row_of = {one: row for row, one in enumerate(ids)}
+            if not len(row_of) == len(ids) == len(labels):
+                raise ValueError(f"{len(labels)} labels have {len(row_of)} ids")
+        rows = np.array([int(one) if ids is None else row_of[one] for one in table["id"]], dtype=np.int64)
         given = labels.astype(np.dtype(run["given"]["dtype"]))
         given[rows] = np.array(table["old"], dtype=np.int64)
         columns: dict[str, NDArray[Any]] = {}
@@ -319,18 +371,10 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
             columns[name][rows] = table[name]
         if labels_hash(given) != run["given"]["sha256"] or labels_hash(labels) != run["labels"]["sha256"]:
             raise ValueError("the labels do not have the recorded hash")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise Damaged(f"{root}: run.json and changes.csv contradict each other: {error}") from error
-    return Artifact(
-        given=given,
-        labels=labels,
-        ids=ids,
-        action=columns["action"].astype(np.str_),
-        confidence=columns["confidence"],
-        margin=columns["margin"],
-        reason=columns["reason"].astype(np.str_),
-        run={key: value for key, value in run.items() if key != "files"},
-    )
+    run.pop("files")
+    return Artifact(given=given, labels=labels, ids=ids, **columns, run=run)
 
 
 def _read_run(root: Path) -> dict[str, Any]:
@@ -366,15 +410,13 @@ def _find(root: Path, name: str, digest: str) -> Path:
 
 
 def _settle(root: Path) -> None:
-    """Finish what an interrupted write had decided, and remove what it had not."""
+    """Finish what an interrupted write had decided, and remove what it had not; only names of our own are touched."""
     files = _read_run(root)["files"] if (root / "run.json").exists() else {}
     for name, digest in files.items():
         if _staged(root, name, digest).exists():
             os.replace(_staged(root, name, digest), root / name)
     sync_folder(root)
-    for name in NAMES:
-        for path in root.glob(f".*{name}*"):
+    for path in root.glob(".*"):
+        if re.fullmatch(rf"\.[0-9a-f]{{64}}\.({'|'.join(map(re.escape, NAMES))})", path.name):
             path.unlink()
-        if name not in files:
-            (root / name).unlink(missing_ok=True)
     remove_unfinished(root)

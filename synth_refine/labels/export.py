@@ -1,4 +1,4 @@
-"""Refined labels as the label files that existing codebases read, and as tables for other tools.
+"""Refined labels in, the label file that an existing codebase or another tool reads out.
 
 Each codebase fixes the number of rows, the file name and the layout; what does not fit is refused before anything is
 written, because none of them would notice: a wrong length is cut, filled or shifted in silence.
@@ -25,6 +25,7 @@ from synth_refine._io.check import Array, InputError, check_array
 from synth_refine._io.csv import check_unique, csv_bytes
 from synth_refine.labels.artifact import Artifact, WrongIds
 from synth_refine.labels.files import as_labels
+from synth_refine.labels.refined import Refined, Wanted
 
 
 class WrongLength(InputError):
@@ -90,7 +91,7 @@ class Format:
 
 
 def export(
-    labels: Artifact | Array,
+    labels: Refined,
     format: str,
     path: str | os.PathLike[str],
     *,
@@ -103,7 +104,8 @@ def export(
     """Write refined labels as the file that a codebase reads, whole or not at all.
 
     Args:
-        labels: Refined labels, (N,) integers in the order of the data set's files, or an artifact.
+        labels: Refined labels, (N,) integers in the order of the data set's files; an artifact; or a result of a
+            refiner that knows its given labels.
         format: One of `FORMATS`.
         path: The file to write; PLC, LRA-diffusion, DivideMix and UNICON prescribe its name.
         ids: The id of every label. Formats without a place for ids take positions and sort the labels by them; `kv` and
@@ -137,9 +139,8 @@ def export(
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     rules, target = FORMATS[format], Path(path)
     artifact = labels if isinstance(labels, Artifact) else None
-    values = as_labels("labels", labels.labels if isinstance(labels, Artifact) else labels)
-    names = artifact.ids if artifact is not None and ids is None else ids
-    texts = None if names is None else [str(one) for one in names]
+    wanted = Wanted.of(labels, ids)
+    values, texts = wanted.labels, None if wanted.ids is None else [str(one) for one in wanted.ids]
     if texts is not None:
         if len(texts) != len(values):
             raise WrongIds(f"ids: expected {len(values)}, one per label, got {len(texts)}")

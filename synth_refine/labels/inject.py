@@ -1,4 +1,4 @@
-"""Refined labels into the dataset object of an existing codebase, and the proof that they arrived.
+"""A dataset object of an existing codebase and refined labels in, the dataset with these labels out, and the proof.
 
 Codebases keep their labels in different places (a list, a second list that item access ignores, an array in the order
 of a random split, a table that cannot be changed), so the place is looked up, written, and then read back the way a
@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synth_refine._io.check import Array, InputError, check_array
+from synth_refine._io.check import Array, InputError
 from synth_refine._io.csv import check_unique
 from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds
 from synth_refine.labels.files import as_labels
+from synth_refine.labels.refined import Refined, Wanted
 from synth_refine.labels.stores import (
     ITEM_KEYS,
     AttributeStore,
@@ -38,7 +39,6 @@ from synth_refine.labels.stores import (
     is_integer,
     register,
 )
-from synth_refine.refine.paper import Refinement
 
 __all__ = [
     "EmptiedClassWarning",
@@ -112,7 +112,7 @@ class Report:
 
 def inject(
     dataset: Any,
-    labels: Artifact | Refinement | Array,
+    labels: Refined,
     ids: Sequence[int] | Sequence[str] | Array | None = None,
     *,
     base: Array | None = None,
@@ -130,8 +130,8 @@ def inject(
 
     Args:
         dataset: The dataset; for a Hugging Face dataset go on with `Report.dataset`.
-        labels: Refined labels, (M,) integers; an artifact, whose given labels must be the dataset's; or a refinement,
-            which is applied to the dataset's labels.
+        labels: Refined labels, (M,) integers; an artifact, or a result of a refiner that knows its given labels, which
+            the dataset must hold; or another result, which is applied to the dataset's labels.
         ids: The id of every label: positions in the data set below any `Subset` or split (in a `ConcatDataset`, of the
             whole), or paths, which may be relative to the root of an image folder. An artifact brings its own.
         base: The labels that were refined, (M,); the dataset must hold them, or the refined ones already.
@@ -161,20 +161,21 @@ def inject(
         raise InputError(f"fill, on_stale: expected error or keep, error or warn, got {fill!r}, {on_stale!r}")
     places = Places(dataset)
     before = places.labels()
-    rows = _rows(places, labels, ids, fill)
-    after = _target(labels, before, rows)
+    wanted = Wanted.of(labels, ids, base, current=before)
+    rows = _rows(places, wanted, fill)
+    after = wanted.on(before, rows)
     for leaf in places.datasets:
         known = num_classes or _num_classes(labels, leaf)
         as_labels("labels", after, known)
         if known is None and not places.wrapped:  # in a few items of a subset classes come and go
             _check_counted_from_0(before, after)
-    _check_base(before, after, rows, labels, base)
+    _check_base(before, after, rows, wanted.given)
 
     changed = np.flatnonzero(before != after)
     lost = np.setdiff1d(before, after)
     if lost.size:
         warnings.warn(f"labels: no image is left in class {_shown(lost)}", EmptiedClassWarning, stacklevel=2)
-    named = ids is not None or base is not None or isinstance(labels, Artifact)
+    named = wanted.ids is not None or wanted.given is not None
     if changed.size and not named and any(_of_files(store) for store in places.stores):
         warnings.warn(
             "labels: without ids they are taken to stand in the order of the dataset's `samples`, which is that of the "
@@ -203,7 +204,7 @@ def inject(
 
 def verify(
     dataset: Any,
-    labels: Artifact | Array,
+    labels: Refined,
     ids: Sequence[int] | Sequence[str] | Array | None = None,
     *,
     fill: Literal["error", "keep"] = "error",
@@ -230,24 +231,21 @@ def verify(
         LengthMismatch, WrongIds, InputError: As for `inject`.
     """
     places = Places(dataset)
-    rows = _rows(places, labels, ids, fill)
-    values = as_labels("labels", labels.labels if isinstance(labels, Artifact) else labels)
-    wanted = np.where(rows >= 0, values[rows] if values.size else rows, -1)
+    before = places.labels()
+    wanted = Wanted.of(labels, ids, current=before)
+    rows = _rows(places, wanted, fill)
     known = np.flatnonzero(rows >= 0)
     if k is not None:
-        first = known[np.isin(rows[known], labels.changed)] if isinstance(labels, Artifact) else known[:0]
-        known = np.array(_sample(first, k, seed) + _sample(known, k - min(k // 2, len(first)), seed), dtype=np.int64)
-    _compare(places.outer, wanted, known.tolist(), label_of)
+        changed = known[:0] if wanted.given is None else known[(wanted.labels != wanted.given)[rows[known]]]
+        known = np.array(
+            _sample(changed, k, seed) + _sample(known, k - min(k // 2, len(changed)), seed), dtype=np.int64
+        )
+    _compare(places.outer, wanted.on(before, rows), known.tolist(), label_of)
 
 
-def _rows(places: Places, labels: Any, ids: Any, fill: str) -> NDArray[np.int64]:
+def _rows(places: Places, wanted: Wanted, fill: str) -> NDArray[np.int64]:
     """Which label belongs to every item, (n,); -1 for an item that keeps its own."""
-    if not isinstance(labels, Artifact | Refinement):
-        as_labels("labels", labels)
-    values = labels.labels if isinstance(labels, Artifact | Refinement) else labels
-    count, items = len(values), len(places.store)
-    if isinstance(labels, Artifact) and ids is None:
-        ids = labels.ids
+    ids, count, items = wanted.ids, len(wanted.labels), len(places.store)
     if ids is None:
         if not places.split_order():
             if count != items:
@@ -255,7 +253,7 @@ def _rows(places: Places, labels: Any, ids: Any, fill: str) -> NDArray[np.int64]
                     f"labels: expected {items}, one per item of the dataset, got {count}; pass ids, or a Subset"
                 )
             return np.arange(items)
-        if places.wrapped or isinstance(labels, Refinement):
+        if places.wrapped:
             raise WrongIds("ids: expected the original position of every label, since the dataset is a random split")
         ids, last = range(count), max(places.ids("position"), default=-1)
         if last >= count:
@@ -263,8 +261,6 @@ def _rows(places: Places, labels: Any, ids: Any, fill: str) -> NDArray[np.int64]
                 f"labels: expected one per image of the original data set, since the dataset is a random split with "
                 f"positions up to {last}, got {count}; pass ids"
             )
-    elif isinstance(labels, Refinement):
-        raise InputError("ids: expected none with a Refinement; pass refinement.apply(given) and its ids")
     own: list[Any] = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
     if len(own) != count:
         raise WrongIds(f"ids: expected {count}, one per label, got {len(own)}")
@@ -288,22 +284,9 @@ def _rows(places: Places, labels: Any, ids: Any, fill: str) -> NDArray[np.int64]
     return rows
 
 
-def _target(labels: Any, before: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    if isinstance(labels, Refinement):
-        if isinstance(labels.labels, Tensor):
-            return as_labels("labels", labels.apply(torch.as_tensor(before).to(labels.labels.device)))
-        return as_labels("labels", labels.apply(before))
-    values = as_labels("labels", labels.labels if isinstance(labels, Artifact) else labels)
-    return np.where(rows >= 0, values[rows] if values.size else before, before)
-
-
 def _check_base(
-    before: NDArray[np.int64], after: NDArray[np.int64], rows: NDArray[np.int64], labels: Any, base: Array | None
+    before: NDArray[np.int64], after: NDArray[np.int64], rows: NDArray[np.int64], given: NDArray[np.int64] | None
 ) -> None:
-    given = labels.given if isinstance(labels, Artifact) else None
-    if base is not None:
-        given = as_labels("base", base)
-        check_array("base", given, (len(labels.labels if isinstance(labels, Artifact | Refinement) else labels),))
     if given is None or not given.size or bool((before == after).all()):
         return
     differ = np.flatnonzero((rows >= 0) & (before != given[rows]))

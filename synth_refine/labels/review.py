@@ -1,9 +1,10 @@
-"""Decisions of people in, another artifact out."""
+"""An artifact and the decisions of people in, another artifact out, which every command takes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,14 +17,16 @@ COLUMNS = ("id", "given", "decision", "label")
 """Of decisions.csv."""
 
 
-def decided(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Artifact:
-    """The artifact that people left of a refinement: what they accepted or corrected is changed, and nothing else.
+def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Artifact:
+    """The artifact that the decisions of people make of another one: it changes what they accepted or corrected.
+
+    Write it with `write_artifact`; its run.json says under `reviewed` which artifact and which decisions it came from.
 
     Args:
         artifact: The artifact that the page showed.
         decisions: The file that the page exports: id, given, decision (accept, reject or correct), label.
-        classes: Class names, (C,), in the order of their labels; by default those that the artifact's settings hold, or
-            else the labels' numbers.
+        classes: Class names, (C,), in the order of their labels; by default those that the artifact holds, or else the
+            labels' numbers.
 
     Returns:
         An artifact of the same given labels. Accepted changes are in it as they were, corrected ones with the label
@@ -38,17 +41,15 @@ def decided(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequ
     if missing := [name for name in COLUMNS if name not in table]:
         raise InputError(f"decisions: expected the columns {', '.join(COLUMNS)} in {decisions}, got no {missing[0]}")
     if classes is None:
-        known = artifact.run.get("settings", {}).get("classes")
-        classes = list(map(str, known if isinstance(known, list) else range(artifact.num_classes)))
+        classes = artifact.classes or list(map(str, range(artifact.num_classes)))
     if len(classes) != artifact.num_classes:
         raise InputError(f"classes: expected {artifact.num_classes} names, got {len(classes)}")
     check_unique("classes", classes)
     check_unique(f"decisions: id in {decisions}", table["id"])
-    own = artifact.ids if artifact.ids is not None else list(map(str, range(len(artifact.labels))))
-    row_of, class_of = {one: row for row, one in enumerate(own)}, {name: number for number, name in enumerate(classes)}
-    given = artifact.given.astype(np.int64)
-    labels, reason = given.copy(), artifact.reason.astype(object)
-    undecided = artifact.action != "keep"
+    row_of = {one: row for row, one in enumerate(artifact.names)}
+    class_of = {name: number for number, name in enumerate(classes)}
+    labels = artifact.given.astype(np.int64)
+    reason, open_rows = artifact.reason.copy(), artifact.action != "keep"
     for one, old, decision, name in zip(*(table[column] for column in COLUMNS), strict=True):
         if one not in row_of:
             raise WrongIds(f"decisions: expected ids of the artifact, got {one!r}")
@@ -56,27 +57,28 @@ def decided(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequ
         for cell in (old, name):
             if cell not in class_of:
                 raise InputError(f"decisions: expected class names for {one!r}, got {cell!r}")
-        label = class_of[name]
-        expected = {"accept": int(artifact.labels[row]), "reject": int(given[row]), "correct": label}
+        given, label = int(artifact.given[row]), class_of[name]
+        expected = {"accept": int(artifact.labels[row]), "reject": given, "correct": label}
         if decision not in expected:
             raise InputError(f"decisions: expected accept, reject or correct for {one!r}, got {decision!r}")
-        if class_of[old] != given[row] or expected[decision] != label:
+        if class_of[old] != given or expected[decision] != label:
             raise WrongBase(
                 f"decisions: expected {decision} of {classes[expected[decision]]!r} for {one!r}, given as "
-                f"{classes[int(given[row])]!r}, got {name!r}, given as {old!r}: they are about another refinement"
+                f"{classes[given]!r}, got {name!r}, given as {old!r}: they are about another refinement"
             )
-        labels[row], undecided[row] = label, False
+        labels[row], open_rows[row] = label, False
         if decision == "correct":
             reason[row] = "corrected by hand"
-    return record(
+    made = record(
         artifact.given,
         labels,
         num_classes=artifact.num_classes,
         ids=artifact.ids,
-        abstained=undecided,
+        abstained=open_rows,
         confidence=artifact.confidence,
         margin=artifact.margin,
-        reason=reason.astype(np.str_),
-        inputs={**artifact.run["inputs"], "decisions": file_hash(decisions)},
-        settings=artifact.run.get("settings", {}),
+        reason=reason,
+        inputs=artifact.run["inputs"],
+        settings=artifact.run.get("settings"),
     )
+    return replace(made, run={**made.run, "reviewed": {"artifact": artifact.hash, "decisions": file_hash(decisions)}})

@@ -1,4 +1,4 @@
-"""Where datasets keep their labels, looked up and written in one way.
+"""A dataset in, the label of every item out, (N,) int64, and back into the place where it is kept.
 
 A store is anything with `get_labels()` and `set_labels()`: what the user registered, the dataset itself, a column of a
 Hugging Face dataset, or one of the attributes that known codebases use.

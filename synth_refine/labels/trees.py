@@ -1,4 +1,4 @@
-"""Refined labels as a new folder per class, or a new .csv table, beside the old one; nothing old is changed.
+"""An artifact and a folder per class or a .csv table in, a new one beside it out; nothing old is changed.
 
 An image goes into the folder of its refined class under the name that it has. Where another image has or had that name,
 "~" and its old class are added. So an artifact alone says where every image is, and the way back needs no notes.

@@ -1,20 +1,20 @@
-"""The numbers behind the charts of the review page."""
+"""A review in, the numbers behind the charts of its page out."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from synth_refine._io.check import check_array
-from synth_refine.refine.prototypes import Quality
-from synth_refine.refine.thresholds import SweepRow
+from synth_refine.labels.artifact import Artifact
+from synth_refine.review.evidence import Evidence, SweepRow
 
 FLOWS, BOXES = 100, 24
 """Pairs of classes that are drawn, and classes on either side; the other pairs are counted."""
@@ -25,45 +25,30 @@ class Review:
     """Everything that the page shows.
 
     Attributes:
-        classes: Class names, (C,), each once.
-        ids: One id per image, (N,), each once: paths below the image folder, for example.
-        given: Labels as given, (N,) integers in [0, C).
-        proposed: Refined labels, (N,) integers in [0, C).
-        action: keep, change or abstain, (N,).
-        confidence: Score of every decision, (N,); NaN where none is known.
-        reason: Why, (N,).
-        nearest: Rows of the nearest synthetic images, (N, K) integers in [-1, M), -1 where there is none.
+        artifact: What was decided, (N,) rows.
+        evidence: What it was decided by.
         image: Gives the decoded real image of a row; an `InputError` of it stands in the page instead of the image.
         synthetic_image: The same for synthetic images.
-        synthetic_labels: The class each synthetic image was made for, (M,) integers in [0, C).
-        threshold: Smallest confidence that changes a label, one number or those of the classes, of which the charts
-            show the mean; None where the rule has no such number.
-        sweep: What other thresholds would do; may be empty.
-        quality: What is unfit in the synthetic set; None where it was not looked at.
-        notes: Further numbers and facts to show, by name.
+        names: Class names, (C,), each once; by default those of the artifact, or else numbers.
     """
 
-    classes: Sequence[str]
-    ids: Sequence[str]
-    given: NDArray[np.int64]
-    proposed: NDArray[np.int64]
-    action: NDArray[np.str_]
-    confidence: NDArray[np.float64]
-    reason: NDArray[np.str_]
-    nearest: NDArray[np.int64]
+    artifact: Artifact
+    evidence: Evidence
     image: Callable[[int], Image.Image]
     synthetic_image: Callable[[int], Image.Image]
-    synthetic_labels: NDArray[np.int64]
-    threshold: float | Sequence[float] | None = None
-    sweep: Sequence[SweepRow] = ()
-    quality: Quality | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+    names: Sequence[str] | None = None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The name of every class, (C,)."""
+        return self.names or self.artifact.classes or list(map(str, range(self.artifact.num_classes)))
 
 
 def _flows(review: Review) -> dict[str, Any]:
     """Ribbons from given to proposed classes, the widest first, and the boxes that they leave and enter, in pixels."""
-    rows = np.flatnonzero(review.action == "change")
-    pairs = Counter(zip(review.given[rows].tolist(), review.proposed[rows].tolist(), strict=True))
+    artifact = review.artifact
+    rows = artifact.changed
+    pairs = Counter(zip(artifact.given[rows].tolist(), artifact.labels[rows].tolist(), strict=True))
     widest = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:FLOWS]
     while any(len({pair[side] for pair, _ in widest}) > BOXES for side in (0, 1)):
         widest.pop()
@@ -111,7 +96,8 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def _threshold(review: Review) -> tuple[float | None, str]:
     """Where the charts draw the threshold, and what they call it."""
-    values = np.atleast_1d(np.asarray([] if review.threshold is None else review.threshold, dtype=np.float64))
+    known = review.evidence.threshold
+    values = np.atleast_1d(np.asarray([] if known is None else known, dtype=np.float64))
     values = values[np.isfinite(values)]
     if not values.size:
         return None, ""
@@ -125,10 +111,11 @@ def _threshold(review: Review) -> tuple[float | None, str]:
 
 
 def _histogram(review: Review) -> dict[str, Any] | None:
-    """How sure the proposed and the undecided changes are, in 25 bins over 560 by 200 pixels."""
+    """How sure the proposed changes and the abstentions are, in 25 bins over 560 by 200 pixels."""
     threshold, _ = _threshold(review)
-    known = np.isfinite(review.confidence) & (review.action != "keep")
-    values, change = review.confidence[known], review.action[known] == "change"
+    artifact = review.artifact
+    known = np.isfinite(artifact.confidence) & (artifact.action != "keep")
+    values, change = artifact.confidence[known], artifact.action[known] == "change"
     if not values.size:
         return None
     limits = [*values.tolist(), *([threshold] if threshold is not None else [])]
@@ -158,7 +145,7 @@ def _histogram(review: Review) -> dict[str, Any] | None:
 
 def _sweep(review: Review) -> dict[str, Any] | None:
     """Lines over the threshold, in 560 by 200 pixels."""
-    rows = [row for row in review.sweep if math.isfinite(row.threshold)]
+    rows = [row for row in review.evidence.sweep if math.isfinite(row.threshold)]
     if len(rows) < 2:
         return None
     low, high = min(row.threshold for row in rows), max(row.threshold for row in rows)
@@ -186,20 +173,21 @@ def _sweep(review: Review) -> dict[str, Any] | None:
 
 
 def _quality(review: Review) -> dict[str, Any] | None:
-    """What is unfit in the synthetic set, class by class."""
-    quality = review.quality
+    """What is usable in the synthetic set, class by class."""
+    quality = review.evidence.quality
     if quality is None:
         return None
-    check_array("quality", quality.keep, review.synthetic_labels.shape)
+    intended = review.evidence.synthetic_labels
+    check_array("quality", quality.keep, intended.shape)
     repeats = quality.duplicate_of >= 0
     table = []
     for label, name in enumerate(review.classes):
-        own = review.synthetic_labels == label
+        own = intended == label
         table.append(
             {
                 "name": name,
                 "images": int(own.sum()),
-                "fit": int(quality.keep[own].sum()),
+                "usable": int(quality.keep[own].sum()),
                 "off": int(quality.off_class[own].sum()),
                 "repeats": int(repeats[own].sum()),
                 "few": label in quality.too_few,
@@ -209,7 +197,7 @@ def _quality(review: Review) -> dict[str, Any] | None:
     return {
         "table": table,
         "images": len(quality.keep),
-        "fit": int(quality.keep.sum()),
+        "usable": int(quality.keep.sum()),
         "off": int(quality.off_class.sum()),
         "repeats": int(repeats.sum()),
         "few": len(quality.too_few),
@@ -226,3 +214,9 @@ def _percent(value: float) -> str:
 
 def _count(value: int) -> str:
     return f"{value:,}"
+
+
+def _isolated(text: str, most: int = 0) -> str:
+    """A name for a picture, in isolates: marks in it that turn the direction of text turn nothing beside it."""
+    plain = re.sub("[\u2066-\u2069]", "", text)
+    return f"\u2068{plain[: most - 1] + '…' if 0 < most < len(plain) else plain}\u2069"

@@ -1,4 +1,4 @@
-"""The review page: proposals in, one HTML file out."""
+"""A review in, its page out: one HTML file, with the thumbnails beside it where they are many."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from tqdm import tqdm
 from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import InputError, check_array, check_labels
 from synth_refine._io.csv import check_unique
+from synth_refine.labels.artifact import Artifact
 from synth_refine.review.charts import (
     Review,
     _count,
     _flows,
     _histogram,
+    _isolated,
     _number,
     _percent,
     _quality,
@@ -45,8 +47,8 @@ EMBEDDED_BYTES = 4 << 20
 MOST_ROWS = 20_000
 """Images in one page; a browser holds their texts in memory."""
 
-UNFIT = 12
-"""Unfit synthetic images that are shown."""
+UNUSABLE = 12
+"""Synthetic images of another class that are shown."""
 
 
 def write_report(review: Review, folder: str | os.PathLike[str], title: str = "Review of proposed labels") -> Path:
@@ -70,10 +72,10 @@ def write_report(review: Review, folder: str | os.PathLike[str], title: str = "R
     """
     _check(review)
     root = make_folder("folder", folder)
-    rows = _rows(review)
+    rows = page_rows(review.artifact)
     pictures = _Pictures(root / "thumbnails")
     data = _data(review, rows, pictures)
-    unfit = _unfit(review, pictures)
+    unusable = _unusable(review, pictures)
     sources = pictures.finish()
     page_files = resources.files("synth_refine.review").joinpath("page")
     style, script = (page_files.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -84,18 +86,20 @@ def write_report(review: Review, folder: str | os.PathLike[str], title: str = "R
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "count": _count}
+    environment.filters |= {"percent": _percent, "count": _count, "isolated": _isolated}
     text = environment.get_template("page.html").render(
         title=title,
-        review=review,
+        classes=review.classes,
+        notes=review.evidence.notes,
         shown=len(rows),
-        counts={action: int((review.action == action).sum()) for action in ("keep", "change", "abstain")},
+        images=len(review.artifact.labels),
+        counts={action: int((review.artifact.action == action).sum()) for action in ("change", "abstain")},
         flows=_flows(review),
         histogram=_histogram(review),
         sweep=_sweep(review),
         threshold=_threshold(review)[1],
         quality=_quality(review),
-        unfit=[(sources[place], *rest) for place, *rest in unfit],
+        unusable=[(sources[place], *rest) for place, *rest in unusable],
         data=data | {"thumbs": sources},
         style=Markup(style),
         script=Markup(script),
@@ -109,32 +113,24 @@ def write_report(review: Review, folder: str | os.PathLike[str], title: str = "R
 
 
 def _check(review: Review) -> None:
-    classes, count = len(review.classes), len(review.ids)
+    artifact, evidence = review.artifact, review.evidence
     check_unique("classes", review.classes)
-    check_unique("ids", review.ids)
-    for name in ("given", "proposed"):
-        check_labels(name, getattr(review, name), classes)
-    check_labels("synthetic_labels", review.synthetic_labels, classes)
-    for name in ("given", "proposed", "action", "confidence", "reason"):
-        check_array(name, getattr(review, name), (count,))
-    check_array("nearest", review.nearest, (count, "K"))
-    most = len(review.synthetic_labels) - 1
-    outside = (review.nearest < -1) | (review.nearest > most)
+    if len(review.classes) != artifact.num_classes:
+        raise InputError(f"classes: expected {artifact.num_classes} names, got {len(review.classes)}")
+    check_labels("synthetic_labels", evidence.synthetic_labels, artifact.num_classes)
+    check_labels("rows", evidence.rows, len(artifact.labels))
+    check_array("nearest", evidence.nearest, (len(evidence.rows), "K"))
+    most = len(evidence.synthetic_labels) - 1
+    outside = (evidence.nearest < -1) | (evidence.nearest > most)
     if bool(outside.any()):
-        raise InputError(f"nearest: expected rows from -1 to {most}, got {review.nearest[outside][0]}")
-    if other := set(np.unique(review.action).tolist()) - {"keep", "change", "abstain"}:
-        raise InputError(f"action: expected keep, change or abstain, got {min(other)!r}")
-    wrong = np.flatnonzero((review.given != review.proposed) != (review.action == "change"))
-    if wrong.size:
-        shown = f"{review.action[wrong[0]]} in row {wrong[0]}"
-        raise InputError(f"action: expected change exactly where the label differs, got {shown}")
+        raise InputError(f"nearest: expected rows from -1 to {most}, got {evidence.nearest[outside][0]}")
 
 
-def _rows(review: Review) -> NDArray[np.int64]:
-    """The rows to look at: changes first, then undecided ones, the surest first, as many as a page holds."""
-    rows = np.flatnonzero(review.action != "keep")
-    sure = np.nan_to_num(review.confidence[rows], nan=-np.inf)
-    return rows[np.lexsort((rows, -sure, review.action[rows] != "change"))][:MOST_ROWS]
+def page_rows(artifact: Artifact) -> NDArray[np.int64]:
+    """The rows to look at: changes first, then what was abstained from, the surest first, as many as a page holds."""
+    rows = np.flatnonzero(artifact.action != "keep")
+    sure = np.nan_to_num(artifact.confidence[rows], nan=-np.inf)
+    return rows[np.lexsort((rows, -sure, artifact.action[rows] != "change"))][:MOST_ROWS]
 
 
 class _Pictures:
@@ -178,7 +174,7 @@ class _Pictures:
 
 def _data(review: Review, rows: NDArray[np.int64], pictures: _Pictures) -> dict[str, Any]:
     """What the script works on: one list per column, one entry per shown row."""
-    reasons = {text: number for number, text in enumerate(dict.fromkeys(review.reason[rows].tolist()))}
+    reasons = {text: number for number, text in enumerate(dict.fromkeys(review.artifact.reason[rows].tolist()))}
     near_places: dict[int, int] = {}
     thumbs, problems = [], {}
     for place, row in enumerate(tqdm(rows.tolist(), "thumbnails", disable=None, leave=False)):
@@ -187,7 +183,10 @@ def _data(review: Review, rows: NDArray[np.int64], pictures: _Pictures) -> dict[
         except (InputError, OSError) as error:
             thumbs.append(-1)
             problems[place] = str(error)
-    wanted = np.unique(review.nearest[rows])
+    artifact, evidence = review.artifact, review.evidence
+    nearest = np.full((len(artifact.labels), evidence.nearest.shape[1]), -1, dtype=np.int64)
+    nearest[evidence.rows] = evidence.nearest
+    ids, wanted = artifact.names, np.unique(nearest[rows])
     for row in wanted[wanted >= 0].tolist():
         try:
             near_places[row] = pictures.add(review.synthetic_image(row), NEAR_SIDE)
@@ -197,37 +196,38 @@ def _data(review: Review, rows: NDArray[np.int64], pictures: _Pictures) -> dict[
     about = json.dumps(
         [
             list(review.classes),
-            list(review.ids),
-            *(getattr(review, name).tolist() for name in ("given", "proposed", "action")),
+            list(ids),
+            *(getattr(artifact, name).tolist() for name in ("given", "labels", "action")),
         ]
     )
     return {
         "key": hashlib.sha256(about.encode()).hexdigest()[:32],
         "classes": list(review.classes),
         "row": rows.tolist(),
-        "id": [review.ids[row] for row in rows.tolist()],
-        "given": review.given[rows].tolist(),
-        "proposed": review.proposed[rows].tolist(),
-        "change": (review.action[rows] == "change").astype(int).tolist(),
-        "confidence": [_number(value) for value in review.confidence[rows].tolist()],
+        "id": [ids[row] for row in rows.tolist()],
+        "given": artifact.given[rows].tolist(),
+        "proposed": artifact.labels[rows].tolist(),
+        "change": (artifact.action[rows] == "change").astype(int).tolist(),
+        "confidence": [_number(value) for value in artifact.confidence[rows].tolist()],
         "reasons": list(reasons),
-        "reason": [reasons[text] for text in review.reason[rows].tolist()],
+        "reason": [reasons[text] for text in artifact.reason[rows].tolist()],
         "thumb": thumbs,
         "problems": problems,
-        "near": [[number[one] for one in near if one >= 0] for near in review.nearest[rows].tolist()],
+        "near": [[number[one] for one in near if one >= 0] for near in nearest[rows].tolist()],
         "synthetic": list(near_places.values()),
-        "synthetic_class": [int(review.synthetic_labels[row]) for row in near_places],
+        "synthetic_class": [int(evidence.synthetic_labels[row]) for row in near_places],
     }
 
 
-def _unfit(review: Review, pictures: _Pictures) -> list[tuple[int, str, str]]:
-    """Synthetic images that look like another class, evenly chosen: thumbnail, made for, looks like."""
-    if review.quality is None:
+def _unusable(review: Review, pictures: _Pictures) -> list[tuple[int, str, str]]:
+    """Synthetic images that look like another class, evenly chosen: thumbnail, intended class, looks like."""
+    quality = review.evidence.quality
+    if quality is None:
         return []
-    rows = np.flatnonzero(review.quality.off_class)
+    rows = np.flatnonzero(quality.off_class)
     found = []
-    for row in rows[np.unique(np.linspace(0, len(rows) - 1, UNFIT).astype(int))].tolist() if len(rows) else []:
-        names = [review.classes[int(one[row])] for one in (review.synthetic_labels, review.quality.looks_like)]
+    for row in rows[np.unique(np.linspace(0, len(rows) - 1, UNUSABLE).astype(int))].tolist() if len(rows) else []:
+        names = [review.classes[int(one[row])] for one in (review.evidence.synthetic_labels, quality.looks_like)]
         try:
             found.append((pictures.add(review.synthetic_image(row), NEAR_SIDE), names[0], names[1]))
         except (InputError, OSError):

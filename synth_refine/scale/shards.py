@@ -30,6 +30,7 @@ from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import Array, InputError
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
+from synth_refine.labels.artifact import check_free
 from synth_refine.refine import front
 from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.scale.anchored import Anchored, prepare_anchored
@@ -147,6 +148,7 @@ def refine_shards(
     shards = cut_shards(features, given, logits if refiner == "paper" else second_view, shard_rows)
     warnings = _doubts(features, given, synthetic_features, synthetic_labels, prototypes, num_classes)
     root = make_folder("out", out)
+    check_free(root)
     if refiner == "anchored":
         if engine != "local":
             raise InputError("engine: the anchored refiner trains in one process, expected local, got ray")

@@ -246,7 +246,7 @@
       element.tabIndex = found[current] === index ? 0 : -1;
       const words = { open: "still open", accept: "accepted", reject: "rejected", correct: `corrected to ${data.classes[label]}` };
       const [given, proposed] = [data.classes[data.given[index]], data.classes[data.proposed[index]]];
-      const what = data.change[index] ? `${given}, proposed ${proposed}` : `${given}, left undecided`;
+      const what = data.change[index] ? `${given}, proposed ${proposed}` : `${given}, left to you`;
       element.setAttribute("aria-label", `${data.id[index]}: ${what}, ${words[state]}`);
     }
     const states = { accept: 0, reject: 0, correct: 0 };

@@ -1,0 +1,169 @@
+"""What a page shows beside the artifact: a refiner's findings in, one plain file out, and back.
+
+Letters in shapes: N real images, M synthetic images, D features, C classes, R rows of the page, K neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from synth_refine._io.atomic import write_atomic
+from synth_refine._io.check import Array, InputError, check_array, float_tensor
+from synth_refine._io.untrusted import open_plain
+
+MOST_BYTES = 1 << 28
+REAL_ROWS, SYNTHETIC_ROWS = 4096, 32768  # of the products that a search holds at a time
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What one threshold would do; fractions are NaN where they are not estimated."""
+
+    threshold: float
+    changed: float
+    noise_after: float
+    wrong_changes: float
+    empty_classes: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Which synthetic images are usable, (M,) each but the last two, which are about classes."""
+
+    keep: NDArray[np.bool_]
+    looks_like: NDArray[np.int64]
+    off_class: NDArray[np.bool_]
+    duplicate_of: NDArray[np.int64]
+    confused: Sequence[tuple[int, int, float]]
+    too_few: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the page shows beside the artifact.
+
+    Attributes:
+        rows: Rows of the artifact whose nearest synthetic images are known, (R,).
+        nearest: Those, (R, K) integers in [-1, M), -1 where there is none; see `nearest_synthetic`.
+        synthetic_labels: The intended class of every synthetic image, (M,).
+        synthetic_ids: Its id, (M,) texts.
+        threshold: Smallest confidence that changes a label, one number or those of the classes, of which the charts
+            show the mean; None where the rule has no such number.
+        sweep: What other thresholds would do; may be empty.
+        quality: Which synthetic images are usable; None where nobody looked.
+        notes: Further numbers and facts to show, by name.
+    """
+
+    rows: NDArray[np.int64]
+    nearest: NDArray[np.int64]
+    synthetic_labels: NDArray[np.int64]
+    synthetic_ids: Sequence[str]
+    threshold: float | Sequence[float] | None = None
+    sweep: Sequence[SweepRow] = ()
+    quality: Quality | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def taken_from(kind: type[T], source: object) -> T:
+    """A `SweepRow` or a `Quality` of an object that has the same attributes, such as a refiner's."""
+    return kind(**{one.name: getattr(source, one.name) for one in fields(kind)})  # type: ignore[arg-type]
+
+
+def nearest_synthetic(
+    features: NDArray[Any], rows: NDArray[np.int64], synthetic_features: NDArray[Any], k: int = 5
+) -> NDArray[np.int64]:
+    """The synthetic images that are nearest to some real ones, by the cosine, the nearest first.
+
+    Each domain is centred on its own mean, or all synthetic images would be about equally near. Only a chunk of
+    products is held at a time.
+
+    Args:
+        features: Features of the real images, (N, D); rows that are not finite have no neighbours.
+        rows: The real images to search for, (R,) integers in [0, N).
+        synthetic_features: Features of the synthetic images, (M, D), finite.
+        k: Neighbours of each.
+
+    Returns:
+        Rows of synthetic images, (R, min(k, M)); -1 where there is none.
+
+    Example:
+        >>> real, synthetic = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([[9.0, 1.0], [1.0, 9.0], [8.0, 1.0]])
+        >>> nearest_synthetic(real, np.array([1]), synthetic, k=2)
+        array([[0, 2]])
+    """
+    check_array("features", features, ("N", "D"))
+    check_array("synthetic_features", synthetic_features, ("M", features.shape[1]))
+    best = np.full((len(rows), min(k, len(synthetic_features))), -1, dtype=np.int64)
+    usable = np.flatnonzero(np.isfinite(features[rows]).all(axis=1))
+    if not usable.size or not best.shape[1]:
+        return best
+    real_mean, mean = _mean(features), _mean(synthetic_features)
+    for start in range(0, len(usable), REAL_ROWS):
+        some = usable[start : start + REAL_ROWS]
+        left = _directions(features[rows[some]], real_mean)
+        scores, found = torch.empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64)
+        for first in range(0, len(synthetic_features), SYNTHETIC_ROWS):
+            product = left @ _directions(synthetic_features[first : first + SYNTHETIC_ROWS], mean).T
+            part = product.topk(min(k, product.shape[1]), dim=1)
+            scores, found = torch.cat([scores, part.values], 1), torch.cat([found, part.indices + first], 1)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            scores, found = scores[:, :k], found.gather(1, order)[:, :k]
+        best[some] = found.numpy()
+    return best
+
+
+def _mean(features: NDArray[Any]) -> torch.Tensor:
+    """The mean of the finite rows, (D,)."""
+    total, count = torch.zeros(features.shape[1], dtype=torch.float64), 0
+    for start in range(0, len(features), SYNTHETIC_ROWS):
+        chunk = np.asarray(features[start : start + SYNTHETIC_ROWS], dtype=np.float64)
+        chunk = chunk[np.isfinite(chunk).all(axis=1)]
+        total, count = total + torch.from_numpy(chunk.sum(axis=0)), count + len(chunk)
+    return (total / max(count, 1)).float()
+
+
+def _directions(features: Array, mean: torch.Tensor) -> torch.Tensor:
+    return F.normalize(float_tensor(features, torch.float32, torch.device("cpu")) - mean, dim=1)
+
+
+def write_evidence(path: str | os.PathLike[str], evidence: Evidence) -> None:
+    """Write evidence as one JSON file, whole or not at all; `read_evidence` reads it back equal."""
+    with write_atomic(path) as file:
+        file.write(json.dumps(asdict(evidence), default=lambda array: array.tolist()).encode() + b"\n")
+
+
+def read_evidence(path: str | os.PathLike[str]) -> Evidence:
+    """Read what `write_evidence` wrote.
+
+    Raises:
+        InputError: The file is something else, or damaged.
+    """
+    with open_plain("evidence", path) as file:
+        data = file.read(MOST_BYTES)
+    try:
+        content = json.loads(data)
+        for name in ("rows", "nearest", "synthetic_labels"):
+            content[name] = np.array(content[name], dtype=np.int64)
+        content["nearest"] = content["nearest"].reshape(len(content["rows"]), -1)
+        content["sweep"] = [SweepRow(**row) for row in content["sweep"]]
+        if (quality := content["quality"]) is not None:
+            for name in ("keep", "looks_like", "off_class", "duplicate_of"):
+                quality[name] = np.array(quality[name], dtype=bool if name in ("keep", "off_class") else np.int64)
+            quality["confused"] = [(int(one), int(other), float(share)) for one, other, share in quality["confused"]]
+            content["quality"] = Quality(**quality)
+        content["synthetic_ids"] = list(map(str, content["synthetic_ids"]))
+        content["notes"] = {str(name): str(note) for name, note in content["notes"].items()}
+        return Evidence(**content)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"evidence: expected what a run wrote, but {path} is damaged: {error!r:.100}") from error
