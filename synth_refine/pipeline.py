@@ -36,7 +36,7 @@ from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
 from synth_refine._io.untrusted import open_plain
 from synth_refine.images.embed import embed_folder, embed_images
-from synth_refine.images.encoders import Encoder, encoder_by_name
+from synth_refine.images.encoders import DEFAULT, Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes
 from synth_refine.images.sources import Images, open_images, read_classes
 from synth_refine.labels.artifact import Artifact, record, write_artifact
@@ -72,7 +72,7 @@ class Settings:
     out: str  # folder of all results
     classes: str | None = None  # YAML file of class names; by default those of the images
     synthetic: str | None = None  # synthetic images, a source like `images`; generated where there are none
-    encoder: str = "open_clip:ViT-L-14/openai"  # see `synth_refine.encode.encoder_by_name`
+    encoder: str = DEFAULT  # see `synth_refine.encode.encoder_by_name`
     weights: str | None = None  # local file of the encoder's weights
     refiner: str = "anchored"  # or paper
     threshold: float | str = "auto"  # smallest score that changes a label; auto: see `decide.calibrate_thresholds`
