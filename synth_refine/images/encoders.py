@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from synth_refine._io.check import InputError, check_array
+from synth_refine.images.foreign import check_model_folder, fetch_settings
 from synth_refine.images.weights import _unfetched, _weights_in, hub_or_cache, load_weights
 
 DEFAULT = "open_clip:ViT-L-14-quickgelu/openai"  # the paper's, see `encoder_by_name`
@@ -236,6 +237,7 @@ def open_clip_encoder(
     name = f"local-dir:{folder}" if is_folder else model
     file = Path(weights) if weights is not None and Path(weights).exists() else None
     if is_folder:
+        check_model_folder("model", folder)
         file = file or _weights_in(folder)
     if file is None and weights is None and not on_hub:
         raise InputError(f"weights: expected a tag or a file for {model!r}, got none")
@@ -243,6 +245,8 @@ def open_clip_encoder(
         check_activation(model, str(weights), open_clip.get_model_config(model), open_clip.get_pretrained_cfg)
     try:
         with hub_or_cache(on_hub or (file is None and not is_folder)):
+            if on_hub:
+                fetch_settings("model", model.removeprefix("hf-hub:"))
             network = open_clip.create_model(
                 name,
                 None if file or is_folder else weights,
