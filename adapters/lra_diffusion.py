@@ -18,8 +18,9 @@ from adapters.network import NetworkOptions, build_network, named_accuracies, re
 from synth_refine import InputError
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.untrusted import read_npy
-from synth_refine.images.embed import embed_cached, images_hash
+from synth_refine.images.embed import embed_cached
 from synth_refine.images.encoders import ClipEncoder, Encoder, module_encoder, open_clip_encoder
+from synth_refine.images.hashes import images_hash
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
 from third_party.lra_diffusion import Config, LabelDiffusion, Predict, nearest
@@ -44,7 +45,7 @@ class Options(Config):
 class ClipOptions(Options):
     """For pixels: which CLIP; a task of features brings its own."""
 
-    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14
+    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14-quickgelu
     weights: str = ""  # its tag, such as openai, or a file
 
 
@@ -63,7 +64,7 @@ def named_clip(name: str, weights: str, device: torch.device) -> ClipEncoder:
     """The project's own CLIP, "glyph-clip", or any other that open_clip knows.
 
     Args:
-        name: "glyph-clip", or a name or folder that open_clip knows, such as ViT-L-14.
+        name: "glyph-clip", or a name or folder that open_clip knows, such as ViT-L-14-quickgelu.
         weights: Their tag, such as openai, or a file; "" for glyph-clip and folders.
         device: Where it runs.
 

@@ -76,7 +76,7 @@ GENERATE = """examples:
   synth-refine generate --classes classes.yaml --out drawn --templates "A photo of {category}." "{category}, sketched"
   accelerate launch -m synth_refine.cli generate --classes classes.yaml --out drawn"""
 EMBED = """example:
-  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14/openai"""
+  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14-quickgelu/openai"""
 ENV = """example:
   synth-refine env"""
 

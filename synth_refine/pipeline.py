@@ -35,8 +35,9 @@ from synth_refine._io.check import InputError, check_threshold
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
 from synth_refine._io.untrusted import open_plain
-from synth_refine.images.embed import content_hashes, embed_images
-from synth_refine.images.encoders import Encoder, encoder_by_name
+from synth_refine.images.embed import embed_folder, embed_images
+from synth_refine.images.encoders import DEFAULT, Encoder, encoder_by_name
+from synth_refine.images.hashes import content_hashes
 from synth_refine.images.sources import Images, open_images, read_classes
 from synth_refine.labels.artifact import Artifact, record, write_artifact
 from synth_refine.refine import thresholds
@@ -50,7 +51,7 @@ from synth_refine.review.charts import Review
 from synth_refine.review.evidence import Evidence, Quality, SweepRow, nearest_synthetic, taken_from
 from synth_refine.review.report import page_rows, write_report
 from synth_refine.synthetic.generate import PER_CLASS, generate_images, generator_by_name
-from synth_refine.synthetic.jobs import TEMPLATES, Generator
+from synth_refine.synthetic.jobs import TEMPLATES, Generator, check_templates
 from synth_refine.synthetic.text_to_image import SDXL_TURBO
 
 HEAD_EPOCHS = 8  # of the head on the given labels, for the paper's rule
@@ -61,7 +62,6 @@ FREE = {
     "engine",
     "address",
 }  # settings that a folder of results may be gone on with otherwise
-EMBEDDED = {"features", "features.npy", "given.csv", "classes.yaml", "bad.csv"}  # what `embed` writes
 NOT_ESTIMATED = "not estimated: fewer than half of the held-out synthetic images are recognised"
 
 
@@ -73,7 +73,7 @@ class Settings:
     out: str  # folder of all results
     classes: str | None = None  # YAML file of class names; by default those of the images
     synthetic: str | None = None  # synthetic images, a source like `images`; generated where there are none
-    encoder: str = "open_clip:ViT-L-14/openai"  # see `synth_refine.encode.encoder_by_name`
+    encoder: str = DEFAULT  # see `synth_refine.encode.encoder_by_name`
     weights: str | None = None  # local file of the encoder's weights
     refiner: str = "anchored"  # or paper
     threshold: float | str = "auto"  # smallest score that changes a label; auto: see `decide.calibrate_thresholds`
@@ -306,20 +306,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
     encoder = _encoder(settings)
     _check_outside(settings)
-    out = Path(settings.out)
-    there = sorted(path.name for path in out.glob("[!.]*"))
-    begun = set(there) <= EMBEDDED and next(out.glob("features/features-*/manifest.json"), None) is not None
-    if there and not begun:
-        raise InputError(f"out: expected a new or empty folder, or what embed began there, but {out} holds {there[0]}")
-    make_folder("out", out)
-    features, bad = _features(encoder, images, out, settings, "images")
-    with write_atomic(out / "features.npy") as file:
-        np.save(file, features, allow_pickle=False)
-    write(out / "given.csv", csv_bytes({"id": images.ids, "label": images.labels.tolist()}))
-    write(out / "classes.yaml", yaml.safe_dump(list(images.classes), allow_unicode=True).encode())
-    rows = sorted(bad)
-    write(out / "bad.csv", csv_bytes({"id": [images.ids[row] for row in rows], "reason": [bad[row] for row in rows]}))
-    return {"features": str(out / "features.npy"), "count": len(features), "bad": len(bad)}
+    return embed_folder(encoder, images, settings.out, **_work(settings))
 
 
 def _config(settings: Settings) -> bytes:
@@ -349,9 +336,7 @@ def _check(settings: Settings) -> None:
     for name in ("per_class", "steps", "batch_size"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}: expected 1 or more, got {getattr(settings, name)}")
-    for template in settings.templates:
-        if not isinstance(template, str) or "{category}" not in template:
-            raise InputError(f"templates: expected {{category}} where the class goes, got {template!r}")
+    check_templates(settings.templates)
     if settings.seed < 0 or settings.workers < 0:
         raise InputError(f"seed, workers: expected 0 or more, got {settings.seed} and {settings.workers}")
     check_engine(settings.engine)
@@ -383,13 +368,20 @@ def _features(
         images,
         out / "features",
         hashes=hashes,
-        workers=settings.workers,
         progress=f"embedding {what}",
-        engine=settings.engine,
-        address=settings.address,
-        make=partial(encoder_by_name, settings.encoder, settings.weights),
-        device=settings.device,
+        **_work(settings),
     )
+
+
+def _work(settings: Settings) -> dict[str, Any]:
+    """Where and by what images are embedded."""
+    return {
+        "workers": settings.workers,
+        "engine": settings.engine,
+        "address": settings.address,
+        "make": partial(encoder_by_name, settings.encoder, settings.weights),
+        "device": settings.device,
+    }
 
 
 def refine(
