@@ -215,6 +215,7 @@ def scale(scratch: Path, largest: int = ROWS[-1], threads: int = 1) -> dict[str,
     sizes += [(min(1_000_000, largest), 64, classes) for classes in CLASSES]
     names = ("scale", "scale_resume", "scale_ray", "scale_anchored", "scale_rivals")
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    row: dict[str, Any]
     for size in sizes:
         about = dict(zip(("images", "features", "classes"), size, strict=True))
         with _folder(scratch) as folder:
