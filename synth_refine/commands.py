@@ -22,7 +22,6 @@ from synth_refine._io.atomic import check_folder, file_hash
 from synth_refine._io.check import InputError, check_array, check_threshold, check_turned
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.untrusted import read_npy
-from synth_refine.cli import FINE
 from synth_refine.images.sources import read_classes
 from synth_refine.labels.artifact import (
     Artifact,
@@ -46,7 +45,7 @@ from synth_refine.scale.anchored import anchored_shards
 from synth_refine.scale.shards import refine_shards
 from synth_refine.scale.tables import SHARD_ROWS, shards_sample
 
-PROBLEM = 1
+FINE, PROBLEM = 0, 1
 ORDER_ROWS = 50_000  # images that are compared with the prototypes, to tell whether labels stand in their order
 
 
