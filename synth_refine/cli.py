@@ -15,6 +15,7 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field
+from io import TextIOWrapper
 from typing import Any
 
 from synth_refine._io.error import InputError
@@ -87,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {one.name: getattr(options, one.name) for one in of_command(options.command)}
         if fault := usage_fault(options.command, {name: value for name, value in given.items() if value is not None}):
             options.usage(fault)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a class name that the terminal cannot write ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _signals_raise():
             from synth_refine.commands import COMMANDS
@@ -98,7 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
     except (InputError, OSError, ImportError) as error:
-        print(f"synth-refine: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if isinstance(error, ImportError) and error.name == "fcntl":
+            text = "expected Linux or macOS, which can lock files; on Windows use WSL"
+        print(f"synth-refine: {text}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
@@ -115,7 +122,8 @@ def _signals_raise() -> Iterator[None]:
 
     before = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        names = ("SIGINT", "SIGTERM", "SIGHUP")
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 before[number] = signal.signal(number, stop)
     except ValueError:  # called from another thread

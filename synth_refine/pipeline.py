@@ -29,7 +29,7 @@ import yaml
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from synth_refine._io.atomic import check_folder, file_hash
+from synth_refine._io.atomic import check_folder, file_hash, locked
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
@@ -38,10 +38,11 @@ from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import content_hashes, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.sources import Images, open_images, read_classes
-from synth_refine.labels.artifact import Artifact, write_artifact
+from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
-from synth_refine.refine.prototypes import prototype_quality
+from synth_refine.refine.prototypes import Quality, prototype_quality
 from synth_refine.refine.result import AnchoredDiagnostics, Refinement
+from synth_refine.refine.thresholds import SweepRow
 from synth_refine.review.charts import Review
 from synth_refine.review.report import write_report
 from synth_refine.settings import RESUMABLE, Settings, resolved
@@ -49,6 +50,7 @@ from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
+ARRAYS = ("keep", "looks_like", "off_class", "duplicate_of")  # of the synthetic images' quality
 NEAREST = 5  # synthetic images shown beside a proposed change
 
 
@@ -89,6 +91,13 @@ class Summary:
     noise_before: float | None = None
     noise_after: float | None = None
     wrong_changes: float | None = None
+
+    def notes(self) -> dict[str, str]:
+        """The numbers that say how far to trust the changes, for people."""
+        names = ("agreement", "domain_gap", "synthetic_accuracy", "noise_before", "noise_after", "wrong_changes")
+        known = {name: getattr(self, name) for name in names}
+        notes = {name.replace("_", " "): f"{value:.3f}" for name, value in known.items() if value is not None}
+        return notes | {"decision": self.decision} | ({"warning": "; ".join(self.warnings)} if self.warnings else {})
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,10 @@ def run(
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
         result, artifact = refined(real, drawn, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
-        page = write_report(review_of(artifact, result, real, drawn), out / "report")
-        summary = summarized(out / "refined", page, artifact, result, real, drawn)
+        summary = summarized(out, artifact, result, real, drawn)
+        data = page_data(artifact, result, real, drawn)
+        keep(store, "review.json", json.dumps(data).encode())
+        write_report(review_of(artifact, images, synthetic, data, summary.notes()), out / "report")
         keep(store, "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
         store.finish()
     return summary
@@ -247,6 +258,13 @@ def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> No
     keep(store, name, data)
 
 
+def kept(out: Path, name: str) -> bytes:
+    """A file that a finished run left, unchanged."""
+    if not (out / "manifest.jsonl").is_file() or Store(out, 0).done(name) is None:
+        raise InputError(f"folder: expected a finished run in {out}, but {name} is missing or changed; run it again")
+    return (out / name).read_bytes()
+
+
 def yaml_bytes(content: object) -> bytes:
     """What a YAML file holds."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
@@ -332,20 +350,39 @@ def options_of(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in OPTIONS if getattr(settings, name) != getattr(Settings, name)}
 
 
-def review_of(artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> Review:
-    """What the page shows; synthetic images that could not be decoded are left out of it."""
-    images, usable = real.images, synthetic.usable
+def page_data(artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> dict[str, Any]:
+    """What the page shows besides images and artifact, as JSON takes it; a page is drawn from it again."""
+    usable = synthetic.usable
     reference, intended = synthetic.features[usable], synthetic.images.labels[usable]
-    nearest = np.full((len(images.ids), min(NEAREST, len(usable))), -1, dtype=np.int64)
-    rows = np.flatnonzero((artifact.action != "keep") & np.isfinite(real.features).all(axis=1))
-    if len(rows):
+    shown = np.flatnonzero((artifact.action != "keep") & np.isfinite(real.features).all(axis=1))
+    near: list[list[int]] = []
+    if len(shown):
         # Each domain is centred on its own mean, or all synthetic images would be about equally near.
-        left = F.normalize(torch.from_numpy(real.features[rows] - np.nanmean(real.features, axis=0)), dim=1)
+        left = F.normalize(torch.from_numpy(real.features[shown] - np.nanmean(real.features, axis=0)), dim=1)
         right = F.normalize(torch.from_numpy(reference - reference.mean(axis=0)), dim=1)
-        found = [(part @ right.T).topk(nearest.shape[1], dim=1).indices for part in torch.split(left, 1024)]
-        nearest[rows] = torch.cat(found).numpy()
+        found = [(part @ right.T).topk(min(NEAREST, len(usable)), dim=1).indices for part in torch.split(left, 256)]
+        near = torch.cat(found).tolist()
     limits = np.asarray(result.diagnostics.thresholds, dtype=np.float64).ravel()
-    finite = limits[np.isfinite(limits)].tolist()
+    quality = prototype_quality(reference, intended, len(real.images.classes))
+    return {
+        "synthetic": usable.tolist(),
+        "nearest": dict(zip(map(str, shown.tolist()), near, strict=True)),
+        "thresholds": limits[np.isfinite(limits)].tolist(),
+        "sweep": [asdict(row) for row in result.diagnostics.sweep()],
+        "quality": {name: getattr(quality, name).tolist() for name in ARRAYS}
+        | {"confused": quality.confused, "too_few": quality.too_few},
+    }
+
+
+def review_of(
+    artifact: Artifact, images: Images, synthetic: Images, data: Mapping[str, Any], notes: Mapping[str, str]
+) -> Review:
+    """The page's content; synthetic images that could not be decoded are left out of it."""
+    usable = np.array(data["synthetic"], dtype=np.int64)
+    nearest = np.full((len(images.ids), min(NEAREST, len(usable))), -1, dtype=np.int64)
+    for row, found in data["nearest"].items():
+        nearest[int(row)] = found
+    quality = {name: np.array(value) if name in ARRAYS else value for name, value in data["quality"].items()}
     return Review(
         classes=images.classes,
         ids=images.ids,
@@ -356,18 +393,35 @@ def review_of(artifact: Artifact, result: Refinement, real: Embedded, synthetic:
         reason=artifact.reason,
         nearest=nearest,
         image=images.image,
-        synthetic_image=lambda row: synthetic.images.image(int(usable[row])),
-        synthetic_labels=intended,
-        threshold=finite or None,
-        sweep=result.diagnostics.sweep(),
-        quality=prototype_quality(reference, intended, len(images.classes)),
-        notes={},
+        synthetic_image=lambda row: synthetic.image(int(usable[row])),
+        synthetic_labels=synthetic.labels[usable],
+        threshold=data["thresholds"] or None,
+        sweep=[SweepRow(**row) for row in data["sweep"]],
+        quality=Quality(**quality, confusion=np.empty(0), counts=np.empty(0)),
+        notes=notes,
     )
 
 
-def summarized(
-    folder: Path, page: Path, artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded
-) -> Summary:
+def redraw(settings: Settings) -> Summary:
+    """Draw the page of a finished run again, from what the run left; nothing is computed, nothing else is replaced.
+
+    Raises:
+        InputError: The folder holds no finished run, or its images are other ones now.
+    """
+    out = Path(settings.out).absolute()
+    with locked(out):
+        data, known = (json.loads(kept(out, name)) for name in ("review.json", "summary.json"))
+        artifact = read_artifact(out / "refined")
+        images = open_images(settings.images, artifact.run["settings"]["classes"])
+        if artifact.ids != images.ids:
+            raise InputError(f"images: expected the {len(artifact.ids or ())} images of the run, got others")
+        synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
+        summary = Summary(**known)
+        write_report(review_of(artifact, images, synthetic, data, summary.notes()), out / "report")
+    return summary
+
+
+def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> Summary:
     """The numbers of a run."""
     known = result.diagnostics
     names = ["agreement", "domain_gap"]
@@ -375,8 +429,8 @@ def summarized(
         names += ["synthetic_accuracy", "noise_before", "noise_after", "wrong_changes"]
     numbers = {name: float(getattr(known, name)) for name in names}
     return Summary(
-        artifact=str(folder),
-        report=str(page),
+        artifact=str(out / "refined"),
+        report=str(out / "report" / "report.html"),
         count=len(artifact.labels),
         changed=len(artifact.changed),
         abstained=int((artifact.action == "abstain").sum()),

@@ -360,6 +360,9 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
         entries = {name: value for name, value in content.items() if value is not None}
     names = {one.name for one in of_command(command)}
     entries |= {name: value for name, value in options.items() if name in names and value is not None}
+    for name, value in entries.items():
+        if isinstance(value, str) and value.startswith("~/"):  # which no shell has seen
+            entries[name] = str(Path(value).expanduser())
     check_entries(command, entries, config or "")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in entries.items()}
     return Settings(**values)

@@ -530,6 +530,27 @@ def test_an_interrupt_is_no_traceback(
     assert files(refined) == before
 
 
+def test_without_locks_it_is_said_where_the_commands_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Windows:
+        def __getattr__(self, name: str) -> object:
+            raise ModuleNotFoundError("No module named 'fcntl'", name="fcntl")
+
+    monkeypatch.setitem(sys.modules, "synth_refine.commands", Windows())
+    assert cli.main(["env"]) == 3
+    assert "on Windows use WSL" in capsys.readouterr().err
+
+
+def test_names_that_the_terminal_cannot_write_are_no_traceback(refined: Path) -> None:
+    write_labels("one.csv", np.array([0]), ["猫.png"])
+    write_labels("two.csv", np.array([1]), ["猫.png"])
+    command = [sys.executable, "-m", "synth_refine.cli", "diff", "one.csv", "two.csv"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, check=False)
+    assert (done.returncode, done.stderr) == (1, b"1 of 1 labels differ\n")
+    assert done.stdout.splitlines()[1] == rb'"\u732b.png",0,1'
+
+
 def test_an_interrupt_while_torch_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         def __getattr__(self, name: str) -> object:

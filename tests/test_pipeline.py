@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +26,7 @@ from synth_refine.images import encoders
 from synth_refine.images.encoders import encoder_by_name
 from synth_refine.images.sources import Images
 from synth_refine.labels.artifact import read_artifact
+from synth_refine.labels.files import read_labels
 from synth_refine.pipeline import run
 from synth_refine.refine import front
 from synth_refine.settings import Settings
@@ -82,7 +81,9 @@ def noise(folder: Path) -> float:
     return sum(wrong) / COUNT
 
 
-def test_from_the_folder_to_the_page_and_back(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_folder_to_the_page_and_back(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = content(source / "photos")
     command = f"run photos --classes classes.yaml --out result --model glyphs --per-class 30 --encoder {GLYPH_CLIP} "
     command += "--threshold 0"
@@ -104,6 +105,7 @@ def test_from_the_folder_to_the_page_and_back(source: Path, capsys: pytest.Captu
 
     written = content(source / "result")
     shutil.rmtree(source / "result" / "report")
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: pytest.fail("report needs no encoder"))
     assert cli.main(["report", "result", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert content(source / "result") == written
@@ -132,51 +134,6 @@ class Pixels:
 
     def embed(self, images: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(images.float() / 255, 4).flatten(1)
-
-
-@pytest.mark.slow
-def test_killed_at_every_third_write_and_started_again_gives_the_same_bytes(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
-    for path in sorted((source / "photos").rglob("*.png"), key=lambda path: path.name)[36:]:
-        path.unlink()
-    (source / "photos" / "A" / "bad.png").write_bytes(b"no image")
-    settings = Settings("photos", "out", "classes.yaml", model="glyphs", refiner="paper", per_class=4, workers=0)
-    run(settings)
-    expected = content(source / "out")
-    assert {name.split("/")[0] for name in expected} >= {"config.yaml", "refined", "report", "synthetic", "features"}
-    replace, deaths = os.replace, 0
-    for point in range(0, 200, 3):
-        shutil.rmtree(source / "out")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the child only computes and writes files
-            child = os.fork()
-        if child == 0:
-            left = point
-
-            def counted(origin: Any, target: Any) -> None:
-                nonlocal left
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left -= 1
-                replace(origin, target)
-
-            os.replace = counted
-            try:
-                run(settings)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        run(settings)
-        assert content(source / "out") == expected
-        if not os.WIFSIGNALED(status):
-            break
-        deaths += 1
-    assert deaths > 10
-    assert not [name for name in expected if name.endswith(".tmp")]
 
 
 def test_bad_images_keep_their_label_and_are_listed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +280,43 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
     assert content(source) == before
 
 
+@pytest.mark.parametrize("refiner", ["anchored", "paper"])
+def test_every_command_gives_the_same_labels(refiner: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One front door: the same features, given labels and synthetic features, whoever asks."""
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
+    given = "--classes classes.yaml --workers 0"
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--classes",
+                "classes.yaml",
+                "--out",
+                "generated",
+                "--model",
+                "glyphs",
+                "--per-class",
+                "30",
+                "--seed",
+                "1",
+            ]
+        )
+        == 0
+    )
+    assert cli.main(f"embed photos --out real {given}".split()) == 0
+    assert cli.main(f"embed generated --out synthetic {given}".split()) == 0
+    np.save("given.npy", read_labels("real/given.csv"))
+    arrays = "--features real/features.npy --synthetic synthetic/features.npy --synthetic-labels synthetic/given.csv"
+    arrays += f" --refiner {refiner}"
+    assert cli.main(f"run photos --synthetic generated --out out {given} --refiner {refiner}".split()) == 0
+    assert cli.main(f"refine {arrays} --given real/given.csv --out refined".split()) == 0
+    assert cli.main(f"scale {arrays} --given given.npy --shard-rows 100 --out scaled".split()) == 0
+    run, refined, scaled = (read_artifact(folder).labels for folder in ("out/refined", "refined", "scaled"))
+    assert len(read_artifact("refined").changed) > 20
+    assert run.tolist() == refined.tolist()
+    assert scaled.tolist() == refined.tolist()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -385,7 +379,7 @@ def test_what_cannot_be_estimated_is_null_and_doubts_come_before_the_work(monkey
     real = embedded(rng.normal(size=(40, 16)).astype(np.float32), np.arange(40) % 5)
     synthetic = embedded(rng.normal(size=(100, 16)).astype(np.float32), np.repeat(np.arange(5), 20))
     result, artifact = pipeline.refined(real, synthetic, Settings(), {}, lambda _: None)
-    summary = pipeline.summarized(Path("a"), Path("b"), artifact, result, real, synthetic)
+    summary = pipeline.summarized(Path("out"), artifact, result, real, synthetic)
     assert summary.synthetic_accuracy is not None
     assert summary.synthetic_accuracy < 0.5
     assert (summary.noise_before, summary.noise_after) == (None, None)
