@@ -28,7 +28,6 @@ from synth_refine.labels.export import export
 from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
-from synth_refine.refine import front
 from synth_refine.scale.shards import refine_shards
 from synth_refine.scale.tables import shards_sample
 from synth_refine.settings import Settings, read_settings
@@ -173,8 +172,7 @@ def _scale(options: Namespace) -> int:
     head = inputs.pop("head", None)
     count = inputs.get("num_classes") or len(inputs["prototypes"])
     given, features = shards_sample(settings.features, settings.given, count, SAMPLE_ROWS)
-    for warning in front.check(features, given, **inputs):
-        _say(f"warning: {warning}")
+    pipeline.tell_doubts(features, given, inputs, _say)
     summary = refine_shards(
         settings.features,
         settings.given,

@@ -15,6 +15,7 @@ Letters in shapes: N real images, M synthetic images, D features, C classes.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -143,21 +144,18 @@ def run(
     about = {**resolved(settings.used("run")), "class_names": list(images.classes), "encoder_id": encoder.id}
     about |= {name: file_hash(about[name]) for name in ("logits", "text_prototypes") if about.get(name)}
     if dry_run:
+        if drawer is not None:
+            drawer.load()
         return {**settings.used("run"), "class_names": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out).absolute()  # results are the same from any working directory
     with open_store(out, about, resumable=RESUMABLE) as store:
-        keep(
-            store,
-            "config.yaml",
-            yaml.safe_dump(resolved(settings.used("run")), sort_keys=False, allow_unicode=True).encode(),
-        )
-        real = embedded(store, "images", images, encoder, settings)
+        keep(store, "config.yaml", yaml_bytes(resolved(settings.used("run"))))
         if drawer is not None:
             categories = classes if classes is not None else {name: name for name in images.classes}
-            synthetic = open_synthetic(
-                str(generate_into(out / "synthetic", categories, drawer, settings)), images.classes
-            )
+            folder = generate_into(out / "synthetic", categories, drawer, settings)
+            synthetic = open_synthetic(str(folder), images.classes)
         assert synthetic is not None  # given, or generated just now
+        real = embedded(store, "images", images, encoder, settings)
         drawn = embedded(store, "synthetic", synthetic, encoder, settings)
         keep(store, "bad.csv", bad_table({"images": real, "synthetic": drawn}))
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
@@ -177,6 +175,10 @@ def check(settings: Settings, command: str) -> None:
     settings.check(command)
     check_engine(settings.engine)
     check_folder("out", settings.out)
+    place = Path(settings.out).absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"out: expected a folder that can be written, got {there}")
     try:
         device = torch.device(device_of(settings))
     except RuntimeError as error:
@@ -332,9 +334,17 @@ def refine_arrays(
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
         inputs["second_view"] = inputs.pop("logits")
-    for warning in front.check(features, given, **inputs):
-        say(f"warning: {warning}")
+    tell_doubts(features, given, inputs, say)
     return front.refine(features, given, progress=sys.stderr.isatty(), **inputs)
+
+
+def tell_doubts(
+    features: NDArray[Any], given: NDArray[Any], inputs: Mapping[str, Any], say: Callable[[str], object]
+) -> None:
+    """Say before the work what is doubtful about its inputs."""
+    names = ("synthetic_features", "synthetic_labels", "prototypes", "num_classes")
+    for warning in front.check(features, given, **{name: inputs[name] for name in names if name in inputs}):
+        say(f"warning: {warning}")
 
 
 def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, Any]:
@@ -346,8 +356,9 @@ def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, 
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
-    """The settings of the front door that are not left at their default."""
-    return {name: getattr(settings, name) for name in OPTIONS if getattr(settings, name) != getattr(Settings, name)}
+    """The settings that the front door takes, without those left at their default."""
+    known = {name: getattr(settings, name) for name in OPTIONS if getattr(settings, name) != getattr(Settings, name)}
+    return known | {"threshold": settings.threshold}
 
 
 def page_data(artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> dict[str, Any]:

@@ -285,26 +285,12 @@ def test_every_command_gives_the_same_labels(refiner: str, source: Path, monkeyp
     """One front door: the same features, given labels and synthetic features, whoever asks."""
     monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
     given = "--classes classes.yaml --workers 0"
-    assert (
-        cli.main(
-            [
-                "generate",
-                "--classes",
-                "classes.yaml",
-                "--out",
-                "generated",
-                "--model",
-                "glyphs",
-                "--per-class",
-                "30",
-                "--seed",
-                "1",
-            ]
-        )
-        == 0
-    )
-    assert cli.main(f"embed photos --out real {given}".split()) == 0
-    assert cli.main(f"embed generated --out synthetic {given}".split()) == 0
+    for command in (
+        "generate --classes classes.yaml --out generated --model glyphs --per-class 30 --seed 1",
+        f"embed photos --out real {given}",
+        f"embed generated --out synthetic {given}",
+    ):
+        assert cli.main(command.split()) == 0
     np.save("given.npy", read_labels("real/given.csv"))
     arrays = "--features real/features.npy --synthetic synthetic/features.npy --synthetic-labels synthetic/given.csv"
     arrays += f" --refiner {refiner}"
