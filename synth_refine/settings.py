@@ -35,13 +35,34 @@ WAYS = {
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
 
 
-def _setting(default: Any, commands: str, text: str, **known: Any) -> Any:
-    """A field of `Settings`: its default, the commands that take it, its help, and what else is known of it.
+STORED = ".npy, for scale also a folder of shards"
+GIVEN = f"the labels as given: {STORED}, for refine also .csv with id, or CIFAR-N's .pt"
+CLASSES = "class names, or folder names with what prompts call them; refine and scale record them for apply --images"
+REFINER = "anchored where there are synthetic features, else paper"
+LOGITS = (
+    "outputs of a classifier, (N, C) floats; anchored reads them as a second annotator: they must be cross-validated, "
+    "from a classifier that sees the images otherwise than the encoder does"
+)
+HEAD = "instead of --logits a linear classifier, (C, D), or (C, D + 1) with bias"
+THRESHOLD = "smallest score that changes a label, a number or auto: calibrated for each class on synthetic images"
+MODEL = "what generates synthetic images: a model of diffusers by name or folder, or glyphs"
+
+RUN, REFINES = {"commands": ("run",)}, {"commands": ("run", "refine", "scale")}
+ARRAYS, EMBEDS = {"commands": ("refine", "scale")}, {"commands": ("run", "embed")}
+GENERATES: dict[str, Any] = {"commands": ("run", "generate"), "use": ("generated",)}
+SYNTHETIC: dict[str, Any] = {**ARRAYS, "use": ("anchored", "outputs", "heads"), "needed": True}
+ENGINES_OF = {"commands": ("run", "scale", "embed")}
+ALL = {"commands": ("run", "refine", "scale", "embed", "generate")}
+"""Who takes a setting."""
+
+
+def _setting(default: Any, text: str, who: Mapping[str, Any], **known: Any) -> Any:
+    """A field of `Settings`: its default, its help, the commands that take it, and what else is known of it.
 
     Args:
         default: Its value where nothing is given.
-        commands: Separated by spaces.
         text: The help.
+        who: `commands`, with further entries as in `known`.
         known: use, the ways in which it is of use (by default all); needed, the commands or ways that cannot do without
             it (True: all in which it is of use); least and most, of a number; unit, of a number, as the help calls the
             value; choices, the only texts; metavar; shown, the default in the help where its own text says little;
@@ -49,7 +70,7 @@ def _setting(default: Any, commands: str, text: str, **known: Any) -> Any:
             a folder of results was begun with.
     """
     words = {"unit": "", "shown": "", "flag": "", "metavar": None, "least": None, "most": None, "resumable": False}
-    metadata = {"use": (), "needed": (), "choices": (), **words, **known, "commands": commands.split(), "text": text}
+    metadata = {"use": (), "needed": (), "choices": (), **words, **who, **known, "text": text}
     if metadata["needed"] is True:
         metadata["needed"] = metadata["use"] or metadata["commands"]
     metadata["metavar"] = metadata["metavar"] or metadata["unit"].upper() or None
@@ -60,168 +81,77 @@ def _setting(default: Any, commands: str, text: str, **known: Any) -> Any:
 class Settings:
     """What a command depends on; the entries of a config file have the same names."""
 
-    images: str = _setting("", "run embed", IMAGES, needed=True, flag="IMAGES")
-    out: str = _setting(
-        "",
-        "run refine scale embed generate",
-        "folder of the results, new or of the same command",
-        needed=True,
-        metavar="FOLDER",
-        resumable=True,
-    )
+    images: str = _setting("", IMAGES, EMBEDS, needed=True, flag="IMAGES")
+    out: str = _setting("", "of the results", ALL, needed=True, metavar="FOLDER", resumable=True)
     features: str = _setting(
-        "",
-        "refine scale",
-        "features of the images, (N, D) floats: .npy, for scale also a folder of shards",
-        needed=True,
-        metavar="PATH",
+        "", f"features of the images, (N, D) floats: {STORED}", ARRAYS, needed=True, metavar="PATH"
     )
-    given: str = _setting(
-        "",
-        "refine scale",
-        "the labels as given: .npy, for refine also .csv with id, or CIFAR-N's .pt; for scale also a folder of shards",
-        needed=True,
-        metavar="PATH",
-    )
-    key: str | None = _setting(None, "refine", "the entry of the given labels, for a .pt file")
-    classes: str | None = _setting(
-        None,
-        "run refine scale embed generate",
-        "class names, or folder names with what prompts call them; refine and scale record them for apply --images",
-        needed=("generate",),
-        metavar="YAML",
-    )
-    refiner: str | None = _setting(
-        None,
-        "run refine scale",
-        "what refines",
-        shown="anchored where there are synthetic features, else paper",
-        choices=("anchored", "paper"),
-    )
+    given: str = _setting("", GIVEN, ARRAYS, needed=True, metavar="PATH")
+    key: str | None = _setting(None, "the entry of the given labels, for a .pt file", {"commands": ("refine",)})
+    classes: str | None = _setting(None, CLASSES, ALL, needed=("generate",), metavar="YAML")
+    refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=("anchored", "paper"))
     synthetic: str | None = _setting(
-        None, "run", "synthetic images, like IMAGES; generated where not given", metavar="SOURCE"
+        None, "synthetic images, like IMAGES; generated where not given", RUN, metavar="SOURCE"
     )
     synthetic_features: str | None = _setting(
-        None,
-        "refine scale",
-        "features of the synthetic images, (M, D) floats",
-        use=("anchored", "outputs", "heads"),
-        needed=True,
-        metavar="NPY",
-        flag="--synthetic",
+        None, "features of the synthetic images, (M, D) floats", SYNTHETIC, metavar="NPY", flag="--synthetic"
     )
     synthetic_labels: str | None = _setting(
-        None,
-        "refine scale",
-        "the intended class of each synthetic image",
-        use=("anchored", "outputs", "heads"),
-        needed=True,
-        metavar="FILE",
+        None, "the intended class of each synthetic image", SYNTHETIC, metavar="FILE"
     )
     prototypes: str | None = _setting(
         None,
-        "refine scale",
         "in place of --synthetic: mean synthetic features, (C, D) floats",
-        use=("prototypes",),
-        needed=True,
+        {**ARRAYS, "use": ("prototypes",), "needed": True},
         metavar="NPY",
     )
-    logits: str | None = _setting(
-        None,
-        "run refine scale",
-        "outputs of a classifier, (N, C) floats; anchored reads them as a second annotator: they must be "
-        "cross-validated, from a classifier that sees the images otherwise than the encoder does",
-        metavar="PATH",
-    )
-    head: str | None = _setting(
-        None,
-        "scale",
-        "instead of --logits a linear classifier, (C, D), or (C, D + 1) with bias",
-        use=("one classifier",),
-        metavar="NPY",
-    )
+    logits: str | None = _setting(None, LOGITS, REFINES, metavar="PATH")
+    head: str | None = _setting(None, HEAD, {"commands": ("scale",), "use": ("one classifier",)}, metavar="NPY")
     text_prototypes: str | None = _setting(
-        None,
-        "run refine scale",
-        "text features of the classes by the same encoder, (C, D) floats",
-        use=("anchored",),
-        metavar="NPY",
+        None, "text features of the classes by the same encoder, (C, D)", REFINES, use=("anchored",), metavar="NPY"
     )
     threshold: float | str = _setting(
-        "auto",
-        "run refine scale",
-        "smallest score that changes a label, one number or auto: calibrated for each class on synthetic images",
-        needed=("prototypes", "outputs"),
-        metavar="auto|X",
-        least=-1,
-        most=1,
+        "auto", THRESHOLD, REFINES, needed=("prototypes", "outputs"), metavar="auto|X", least=-1, most=1
     )
     weight: float | None = _setting(
-        None,
-        "run refine scale",
-        "weight of the similarity",
-        shown="0.5, without a classifier 1",
-        use=("paper",),
-        least=0,
-        most=1,
+        None, "weight of the similarity", REFINES, shown="0.5, without a classifier 1", use=("paper",), least=0, most=1
     )
-    strict: bool = _setting(False, "refine", "refuse images that cannot be scored", use=("paper",))
+    strict: bool = _setting(False, "refuse images that cannot be scored", {"commands": ("refine",), "use": ("paper",)})
     force: bool = _setting(
-        False, "run refine scale", "change labels even if the do-no-harm check advises against it", use=("anchored",)
+        False, "change labels even if the do-no-harm check advises against it", REFINES, use=("anchored",)
     )
     seed: int = _setting(
         0,
-        "run refine scale generate",
         "same seed, same result",
-        use=("anchored", "heads", "generated"),
+        {"commands": ("run", "refine", "scale", "generate"), "use": ("anchored", "heads", "generated")},
         least=0,
     )
     encoder: str = _setting(
-        "open_clip:ViT-L-14/openai", "run embed", "open_clip:MODEL/TAG, timm:MODEL or an open_clip folder"
+        "open_clip:ViT-L-14/openai", "open_clip:MODEL/TAG, timm:MODEL or an open_clip folder", EMBEDS
     )
-    weights: str | None = _setting(None, "run embed", "local weights of the encoder", metavar="FILE")
-    model: str = _setting(
-        "stabilityai/sdxl-turbo",
-        "run generate",
-        "what generates synthetic images: a model of diffusers by name or folder, or glyphs",
-        use=("generated",),
-    )
-    revision: str | None = _setting(None, "run generate", "of the model on the hub", use=("generated",))
+    weights: str | None = _setting(None, "local weights of the encoder", EMBEDS, metavar="FILE")
+    model: str = _setting("stabilityai/sdxl-turbo", MODEL, GENERATES)
+    revision: str | None = _setting(None, "of the model on the hub", GENERATES)
     templates: Sequence[str] = _setting(
-        ("A photo of {category}.",),
-        "run generate",
-        "prompts, with {category} where the class goes",
-        use=("generated",),
-        metavar="TEXT",
+        ("A photo of {category}.",), "prompts, with {category} where the class goes", GENERATES, metavar="TEXT"
     )
-    per_class: int = _setting(
-        100, "run generate", "synthetic images of each class", unit="images", use=("generated",), least=1
+    per_class: int = _setting(100, "synthetic images of each class", GENERATES, unit="images", least=1)
+    steps: int = _setting(1, "denoising steps of the model", GENERATES, unit="steps", least=1)
+    guidance: float = _setting(0.0, "guidance scale of the model", GENERATES, least=0)
+    size: int | None = _setting(None, "side of an image", GENERATES, unit="pixels", shown="512, glyphs 32", least=1)
+    batch_size: int = _setting(8, "generated at once", GENERATES, unit="images", least=1)
+    shard_rows: int = _setting(
+        262_144, "of a .npy file that make a shard", {"commands": ("scale",)}, unit="rows", least=1
     )
-    steps: int = _setting(1, "run generate", "denoising steps of the model", unit="steps", use=("generated",), least=1)
-    guidance: float = _setting(0.0, "run generate", "guidance scale of the model", use=("generated",), least=0)
-    size: int | None = _setting(
-        None,
-        "run generate",
-        "side of the synthetic images",
-        unit="pixels",
-        shown="512, glyphs 32",
-        use=("generated",),
-        least=1,
-    )
-    batch_size: int = _setting(
-        8, "run generate", "images generated at once", unit="images", use=("generated",), least=1
-    )
-    shard_rows: int = _setting(262_144, "scale", "rows of a .npy file that make a shard", unit="rows", least=1)
     device: str = _setting(
-        "auto", "run embed generate", "cpu, cuda, cuda:1; auto: the GPU if there is one", resumable=True
+        "auto",
+        "cpu, cuda, cuda:1; auto: the GPU if there is one",
+        {"commands": ("run", "embed", "generate")},
+        resumable=True,
     )
-    workers: int = _setting(
-        2, "run embed", "processes that decode images", unit="processes", use=("embedded",), least=0, resumable=True
-    )
-    engine: str = _setting(
-        "local", "run scale embed", ENGINE_HELP, use=("embedded", "paper"), choices=ENGINES, resumable=True
-    )
-    address: str | None = _setting(None, "run scale embed", ADDRESS_HELP, use=("ray",), resumable=True)
+    workers: int = _setting(2, "that decode images", EMBEDS, unit="processes", least=0, resumable=True)
+    engine: str = _setting("local", ENGINE_HELP, ENGINES_OF, use=("embedded", "paper"), choices=ENGINES, resumable=True)
+    address: str | None = _setting(None, ADDRESS_HELP, ENGINES_OF, use=("ray",), resumable=True)
 
     def check(self, command: str) -> None:
         """Refuse what the command cannot use or cannot do without, and values that no setting can have."""
