@@ -28,6 +28,7 @@ from synth_refine.labels.export import export
 from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
+from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
 from synth_refine.scale.tables import shards_sample
 from synth_refine.settings import Settings, read_settings
@@ -39,8 +40,8 @@ SAMPLE_ROWS = 50_000  # images of many shards that are looked at before the work
 def _run(options: Namespace) -> int:
     settings = _announced(_settings(options))
     done = pipeline.run(settings, dry_run=options.dry_run, say=_say)
+    _tell(options, done)
     if isinstance(done, pipeline.Summary):
-        _tell(options, asdict(done))
         _say(f"next: open {done.report}, decide, export decisions.csv; then")
         for step in (
             f"review {done.artifact} decisions.csv --out reviewed",
@@ -48,19 +49,17 @@ def _run(options: Namespace) -> int:
             "export reviewed --format csv --out labels.csv",
         ):
             _say(f"  synth-refine {step}")
-    else:
-        _tell(options, done)
     return FINE
 
 
-def _tell(options: Namespace, result: Mapping[str, Any]) -> None:
+def _tell(options: Namespace, result: pipeline.Summary | dict[str, Any]) -> None:
     """The result as JSON, or as lines for people."""
+    known = asdict(result) if isinstance(result, pipeline.Summary) else result
     if options.json:
-        _show(result)
+        _show(known)
         return
-    for name, value in result.items():
-        shown = "not estimated" if value is None else f"{value:.3f}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' ')}: {'; '.join(shown) if isinstance(shown, tuple | list) else shown}")
+    lines = result.lines() if isinstance(result, pipeline.Summary) else known
+    print("\n".join(f"{name}: {value}" for name, value in lines.items()))
 
 
 def _settings(options: Namespace) -> Settings:
@@ -76,8 +75,7 @@ def _announced(settings: Settings) -> Settings:
 
 def _report(options: Namespace) -> int:
     config = str(Path(options.folder) / "config.yaml")
-    done = pipeline.redraw(read_settings("run", {"out": options.folder}, config))
-    _tell(options, asdict(done))
+    _tell(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config)))
     return FINE
 
 
@@ -110,10 +108,9 @@ def _refine(options: Namespace) -> int:
         inputs=_hashes(settings),
         settings=pipeline.recorded(settings, "refine", result) | named,
     )
-    _say(result.summary())
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
-    return _keep(options, artifact)
+    return _keep(options, artifact, pipeline.estimates_of(result))
 
 
 def _arrays(settings: Settings) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, lis
     return {"classes": names}
 
 
-def _keep(options: Namespace, artifact: Artifact) -> int:
+def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
     """Write an artifact, but not over one of other settings or inputs: what that was applied to would be lost."""
     if (Path(options.out) / "run.json").exists():
         there = read_artifact(options.out).run
@@ -161,7 +158,8 @@ def _keep(options: Namespace, artifact: Artifact) -> int:
                 )
     if not options.dry_run:
         write_artifact(options.out, artifact)
-    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact)})
+    known = {name: one and one.value for name, one in estimates.items()}
+    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
     return FINE
 
 
@@ -191,7 +189,7 @@ def _scale(options: Namespace) -> int:
 
 def _review(options: Namespace) -> int:
     check_folder("out", options.out)
-    return _keep(options, reviewed(read_artifact(options.artifact), options.decisions))
+    return _keep(options, reviewed(read_artifact(options.artifact), options.decisions), {})
 
 
 def _apply(options: Namespace) -> int:

@@ -41,8 +41,10 @@ from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.sources import Images, open_images, read_classes
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
+from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.prototypes import Quality, prototype_quality
-from synth_refine.refine.result import AnchoredDiagnostics, Refinement
+from synth_refine.refine.result import Refinement
+from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.refine.thresholds import SweepRow
 from synth_refine.review.charts import Review
 from synth_refine.review.report import write_report
@@ -67,13 +69,10 @@ class Summary:
         abstained: Labels that somebody should look at.
         bad: Images that could not be decoded.
         synthetic: Synthetic images that were used.
-        decision: The refinement in one line.
         warnings: Doubts about the inputs.
-        agreement: Share of the images whose given label is the nearest prototype's class.
-        domain_gap: How well real and synthetic images can be told apart: 0.5 not at all, 1 always.
         synthetic_accuracy: Share of the held-out synthetic images that are classified correctly; anchored only.
-        noise_before: Estimated share of wrong labels before, and
-        noise_after: after; anchored only.
+        noise_before: Estimated share of the given labels that are wrong; anchored only.
+        noise_after: The same of the refined labels.
         wrong_changes: Estimated share of the changes that are wrong; anchored only.
     """
 
@@ -84,21 +83,20 @@ class Summary:
     abstained: int
     bad: int
     synthetic: int
-    decision: str
     warnings: tuple[str, ...]
-    agreement: float | None
-    domain_gap: float | None
     synthetic_accuracy: float | None = None
-    noise_before: float | None = None
-    noise_after: float | None = None
-    wrong_changes: float | None = None
+    noise_before: Estimate | None = None
+    noise_after: Estimate | None = None
+    wrong_changes: Estimate | None = None
 
-    def notes(self) -> dict[str, str]:
-        """The numbers that say how far to trust the changes, for people."""
-        names = ("agreement", "domain_gap", "synthetic_accuracy", "noise_before", "noise_after", "wrong_changes")
-        known = {name: getattr(self, name) for name in names}
-        notes = {name.replace("_", " "): f"{value:.3f}" for name, value in known.items() if value is not None}
-        return notes | {"decision": self.decision} | ({"warning": "; ".join(self.warnings)} if self.warnings else {})
+    def lines(self) -> dict[str, str]:
+        """All of it as text for people."""
+        found = {}
+        for name, value in vars(self).items():
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            text = "; ".join(value) if isinstance(value, tuple) else text
+            found[name.replace("_", " ")] = "not estimated" if value is None else text
+        return found
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def run(
         summary = summarized(out, artifact, result, real, drawn)
         data = page_data(artifact, result, real, drawn)
         keep(store, "review.json", json.dumps(data).encode())
-        write_report(review_of(artifact, images, synthetic, data, summary.notes()), out / "report")
+        write_report(review_of(artifact, images, synthetic, data, notes_of(summary)), out / "report")
         keep(store, "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
         store.finish()
     return summary
@@ -334,17 +332,22 @@ def refine_arrays(
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
         inputs["second_view"] = inputs.pop("logits")
-    tell_doubts(features, given, inputs, say)
-    return front.refine(features, given, progress=sys.stderr.isatty(), **inputs)
+    told = tell_doubts(features, given, inputs, say)
+    result = front.refine(features, given, progress=sys.stderr.isatty(), **inputs)
+    for warning in result.diagnostics.warnings[len(told) :]:  # it begins with those
+        say(f"warning: {warning}")
+    return result
 
 
 def tell_doubts(
     features: NDArray[Any], given: NDArray[Any], inputs: Mapping[str, Any], say: Callable[[str], object]
-) -> None:
+) -> tuple[str, ...]:
     """Say before the work what is doubtful about its inputs."""
     names = ("synthetic_features", "synthetic_labels", "prototypes", "num_classes")
-    for warning in front.check(features, given, **{name: inputs[name] for name in names if name in inputs}):
-        say(f"warning: {warning}")
+    doubts = front.check(features, given, **{name: inputs[name] for name in names if name in inputs})
+    for doubt in doubts:
+        say(f"warning: {doubt}")
+    return doubts
 
 
 def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, Any]:
@@ -364,7 +367,8 @@ def options_of(settings: Settings) -> dict[str, Any]:
 def page_data(artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> dict[str, Any]:
     """What the page shows besides images and artifact, as JSON takes it; a page is drawn from it again."""
     usable = synthetic.usable
-    reference, intended = synthetic.features[usable], synthetic.images.labels[usable]
+    reference: NDArray[Any] = synthetic.features[usable]
+    intended: NDArray[Any] = synthetic.images.labels[usable]
     shown = np.flatnonzero((artifact.action != "keep") & np.isfinite(real.features).all(axis=1))
     near: list[list[int]] = []
     if len(shown):
@@ -379,7 +383,7 @@ def page_data(artifact: Artifact, result: Refinement, real: Embedded, synthetic:
         "synthetic": usable.tolist(),
         "nearest": dict(zip(map(str, shown.tolist()), near, strict=True)),
         "thresholds": limits[np.isfinite(limits)].tolist(),
-        "sweep": [asdict(row) for row in result.diagnostics.sweep()],
+        "sweep": [asdict(row) for row in getattr(result.diagnostics, "sweep", ())],
         "quality": {name: getattr(quality, name).tolist() for name in ARRAYS}
         | {"confused": quality.confused, "too_few": quality.too_few},
     }
@@ -393,7 +397,8 @@ def review_of(
     nearest = np.full((len(images.ids), min(NEAREST, len(usable))), -1, dtype=np.int64)
     for row, found in data["nearest"].items():
         nearest[int(row)] = found
-    quality = {name: np.array(value) if name in ARRAYS else value for name, value in data["quality"].items()}
+    quality: dict[str, Any] = dict(data["quality"], confusion=np.empty(0), counts=np.empty(0, dtype=np.int64))
+    quality |= {name: np.array(quality[name]) for name in ARRAYS}
     return Review(
         classes=images.classes,
         ids=images.ids,
@@ -408,9 +413,15 @@ def review_of(
         synthetic_labels=synthetic.labels[usable],
         threshold=data["thresholds"] or None,
         sweep=[SweepRow(**row) for row in data["sweep"]],
-        quality=Quality(**quality, confusion=np.empty(0), counts=np.empty(0)),
+        quality=Quality(**quality),
         notes=notes,
     )
+
+
+def notes_of(summary: Summary) -> dict[str, str]:
+    """What the page says beside the numbers that it counts itself."""
+    names = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")
+    return {name: text for name in names if (text := summary.lines()[name])}
 
 
 def redraw(settings: Settings) -> Summary:
@@ -427,18 +438,24 @@ def redraw(settings: Settings) -> Summary:
         if artifact.ids != images.ids:
             raise InputError(f"images: expected the {len(artifact.ids or ())} images of the run, got others")
         synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
-        summary = Summary(**known)
-        write_report(review_of(artifact, images, synthetic, data, summary.notes()), out / "report")
+        estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
+        summary = Summary(**estimates | {"warnings": tuple(known["warnings"])})
+        write_report(review_of(artifact, images, synthetic, data, notes_of(summary)), out / "report")
     return summary
+
+
+def estimates_of(result: Refinement) -> dict[str, Estimate | None]:
+    """How many labels are wrong before and after, and how many changes; None where that is not estimated."""
+    known = result.diagnostics
+    if not isinstance(known, AnchoredDiagnostics):
+        return {}
+    names = {"before": "noise_before", "after": "noise_after", "wrong_changes": "wrong_changes"}
+    return {names[name]: one if np.isfinite(one.value) else None for name, one in vars(known.estimates).items()}
 
 
 def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> Summary:
     """The numbers of a run."""
     known = result.diagnostics
-    names = ["agreement", "domain_gap"]
-    if isinstance(known, AnchoredDiagnostics):
-        names += ["synthetic_accuracy", "noise_before", "noise_after", "wrong_changes"]
-    numbers = {name: float(getattr(known, name)) for name in names}
     return Summary(
         artifact=str(out / "refined"),
         report=str(out / "report" / "report.html"),
@@ -447,9 +464,9 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
         abstained=int((artifact.action == "abstain").sum()),
         bad=len(real.bad),
         synthetic=len(synthetic.usable),
-        decision=result.summary(),
         warnings=tuple(known.warnings),
-        **{name: value if np.isfinite(value) else None for name, value in numbers.items()},
+        synthetic_accuracy=getattr(known, "synthetic_accuracy", None),
+        **estimates_of(result),
     )
 
 
