@@ -18,8 +18,9 @@ from adapters.network import NetworkOptions, build_network, named_accuracies, re
 from synth_refine import InputError
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.untrusted import read_npy
-from synth_refine.images.embed import embed_cached, images_hash
+from synth_refine.images.embed import embed_cached
 from synth_refine.images.encoders import ClipEncoder, Encoder, module_encoder, open_clip_encoder
+from synth_refine.images.hashes import images_hash
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
 from third_party.lra_diffusion import Config, LabelDiffusion, Predict, nearest

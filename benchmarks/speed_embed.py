@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from synth_refine.images.decode import fitted
-from synth_refine.images.embed import content_hashes, embed_images
+from synth_refine.images.embed import embed_images
 from synth_refine.images.encoders import TorchEncoder, encoder_by_name, timm_encoder
+from synth_refine.images.hashes import content_hashes
 from synth_refine.images.sources import open_images
 
 MODEL = "resnet18"  # small, at the usual 224 pixels; random weights take as long as trained ones

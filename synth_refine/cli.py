@@ -48,7 +48,7 @@ EXAMPLES = {
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
       --head head.npy --threshold 0.6 --out refined-with-classifier""",
     "embed": """
-  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14/openai""",
+  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14-quickgelu/openai""",
     "generate": """
   synth-refine generate --classes classes.yaml --out generated --model glyphs --per-class 20
   synth-refine generate --classes classes.yaml --out generated \\

@@ -23,7 +23,16 @@ from synth_refine._io.check import InputError, check_array, check_turned
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.sources import read_classes
-from synth_refine.labels.artifact import Artifact, Damaged, WrongBase, WrongIds, read_artifact, versions, write_artifact
+from synth_refine.labels.artifact import (
+    Artifact,
+    Damaged,
+    WrongBase,
+    WrongIds,
+    check_free,
+    read_artifact,
+    versions,
+    write_artifact,
+)
 from synth_refine.labels.export import export
 from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
 from synth_refine.labels.review import reviewed
@@ -147,15 +156,8 @@ def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, lis
 
 
 def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
-    """Write an artifact, but not over one of other settings or inputs: what that was applied to would be lost."""
-    if (Path(options.out) / "run.json").exists():
-        there = read_artifact(options.out).run
-        for name in artifact.run.keys() - {"versions"}:
-            if there.get(name) != artifact.run[name]:
-                raise InputError(
-                    f"out: expected the settings and inputs that {options.out} was made from, got another {name}; "
-                    "without that artifact, what it was applied to cannot be reverted; choose another folder"
-                )
+    """Write an artifact, but never over another one."""
+    check_free(options.out, artifact)
     if not options.dry_run:
         write_artifact(options.out, artifact)
     known = {name: one and one.value for name, one in estimates.items()}

@@ -7,7 +7,7 @@ and features from there and computes the rest again, with the same seed to the s
     images.csv     id, label and SHA-256 of every image     refined/   the artifact (labels.npy, changes.csv, run.json)
     synthetic.csv  the same of the synthetic images         report/    the page to review
     bad.csv        images that could not be decoded         synthetic/ generated images, where none were given
-    summary.json   the result in numbers
+    summary.json   the result in numbers                    evidence.json  what the page shows besides
 
 Letters in shapes: N real images, M synthetic images, D features, C classes.
 """
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from torch.nn import functional as F
+from PIL import Image
 
 from synth_refine._io.atomic import check_folder, file_hash, locked
 from synth_refine._io.check import InputError
@@ -36,25 +36,32 @@ from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
 from synth_refine._io.store import Store, open_store
 from synth_refine._io.untrusted import read_npy
-from synth_refine.images.embed import content_hashes, embed_images
+from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
+from synth_refine.images.hashes import content_hashes
 from synth_refine.images.sources import Images, open_images, read_classes
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
 from synth_refine.refine.estimates import Estimate
-from synth_refine.refine.prototypes import Quality, prototype_quality
+from synth_refine.refine.prototypes import prototype_quality
 from synth_refine.refine.result import Refinement
 from synth_refine.refine.solve import AnchoredDiagnostics
-from synth_refine.refine.thresholds import SweepRow
 from synth_refine.review.charts import Review
-from synth_refine.review.report import write_report
+from synth_refine.review.evidence import (
+    Evidence,
+    Quality,
+    SweepRow,
+    nearest_synthetic,
+    read_evidence,
+    taken_from,
+    write_evidence,
+)
+from synth_refine.review.report import page_rows, write_report
 from synth_refine.settings import RESUMABLE, Settings, resolved
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
-ARRAYS = ("keep", "looks_like", "off_class", "duplicate_of")  # of the synthetic images' quality
-NEAREST = 5  # synthetic images shown beside a proposed change
 
 
 @dataclass(frozen=True)
@@ -155,14 +162,14 @@ def run(
         assert synthetic is not None  # given, or generated just now
         real = embedded(store, "images", images, encoder, settings)
         drawn = embedded(store, "synthetic", synthetic, encoder, settings)
-        keep(store, "bad.csv", bad_table({"images": real, "synthetic": drawn}))
+        keep(store, "bad.csv", bad_table(images=real, synthetic=drawn))
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
         result, artifact = refined(real, drawn, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
         summary = summarized(out, artifact, result, real, drawn)
-        data = page_data(artifact, result, real, drawn)
-        keep(store, "review.json", json.dumps(data).encode())
-        write_report(review_of(artifact, images, synthetic, data, notes_of(summary)), out / "report")
+        evidence = evidence_of(artifact, result, real, drawn, summary)
+        write_evidence(out / "evidence.json", evidence)
+        draw_page(out, artifact, evidence, images, synthetic)
         keep(store, "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
         store.finish()
     return summary
@@ -228,21 +235,22 @@ def generate_into(folder: Path, categories: Mapping[str, str], drawer: Generator
 
 def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings: Settings) -> Embedded:
     """Hash and embed images; the hashes and the features are kept in the store, the hashes as NAME.csv."""
-    options: dict[str, Any] = {"engine": settings.engine, "address": settings.address}
-    hashes = content_hashes(images, **options)
+    hashes = content_hashes(images, engine=settings.engine, address=settings.address)
     keep_input(store, f"{name}.csv", images, hashes)
-    features, bad = embed_images(
-        encoder,
-        images,
-        store.root / "features",
-        hashes=hashes,
-        workers=settings.workers,
-        progress=f"embedding {name}",
-        make=partial(encoder_by_name, settings.encoder, settings.weights),
-        device=device_of(settings),
-        **options,
-    )
+    options = work_of(settings) | {"hashes": hashes, "progress": f"embedding {name}"}
+    features, bad = embed_images(encoder, images, store.root / "features", **options)
     return Embedded(images, features, bad)
+
+
+def work_of(settings: Settings) -> dict[str, Any]:
+    """Where and by what images are embedded."""
+    return {
+        "workers": settings.workers,
+        "engine": settings.engine,
+        "address": settings.address,
+        "make": partial(encoder_by_name, settings.encoder, settings.weights),
+        "device": device_of(settings),
+    }
 
 
 def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> None:
@@ -258,13 +266,6 @@ def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> No
     keep(store, name, data)
 
 
-def kept(out: Path, name: str) -> bytes:
-    """A file that a finished run left, unchanged."""
-    if not (out / "manifest.jsonl").is_file() or Store(out, 0).done(name) is None:
-        raise InputError(f"folder: expected a finished run in {out}, but {name} is missing or changed; run it again")
-    return (out / name).read_bytes()
-
-
 def yaml_bytes(content: object) -> bytes:
     """What a YAML file holds."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
@@ -276,7 +277,7 @@ def keep(store: Store, name: str, data: bytes) -> None:
         store.put(name, data)
 
 
-def bad_table(sets: Mapping[str, Embedded]) -> bytes:
+def bad_table(**sets: Embedded) -> bytes:
     """The images without features as .csv: set, id and reason."""
     rows = [(name, one.images.ids[row], one.bad[row]) for name, one in sets.items() for row in sorted(one.bad)]
     return csv_bytes({name: [row[place] for row in rows] for place, name in enumerate(("set", "id", "reason"))})
@@ -364,58 +365,37 @@ def options_of(settings: Settings) -> dict[str, Any]:
     return known | {"threshold": settings.threshold}
 
 
-def page_data(artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> dict[str, Any]:
-    """What the page shows besides images and artifact, as JSON takes it; a page is drawn from it again."""
-    usable = synthetic.usable
+def evidence_of(
+    artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded, summary: Summary
+) -> Evidence:
+    """What the page shows beside the artifact; synthetic images that could not be decoded are left out of it."""
+    usable, known = synthetic.usable, result.diagnostics
     reference: NDArray[Any] = synthetic.features[usable]
     intended: NDArray[Any] = synthetic.images.labels[usable]
-    shown = np.flatnonzero((artifact.action != "keep") & np.isfinite(real.features).all(axis=1))
-    near: list[list[int]] = []
-    if len(shown):
-        # Each domain is centred on its own mean, or all synthetic images would be about equally near.
-        left = F.normalize(torch.from_numpy(real.features[shown] - np.nanmean(real.features, axis=0)), dim=1)
-        right = F.normalize(torch.from_numpy(reference - reference.mean(axis=0)), dim=1)
-        found = [(part @ right.T).topk(min(NEAREST, len(usable)), dim=1).indices for part in torch.split(left, 256)]
-        near = torch.cat(found).tolist()
-    limits = np.asarray(result.diagnostics.thresholds, dtype=np.float64).ravel()
-    quality = prototype_quality(reference, intended, len(real.images.classes))
-    return {
-        "synthetic": usable.tolist(),
-        "nearest": dict(zip(map(str, shown.tolist()), near, strict=True)),
-        "thresholds": limits[np.isfinite(limits)].tolist(),
-        "sweep": [asdict(row) for row in getattr(result.diagnostics, "sweep", ())],
-        "quality": {name: getattr(quality, name).tolist() for name in ARRAYS}
-        | {"confused": quality.confused, "too_few": quality.too_few},
-    }
-
-
-def review_of(
-    artifact: Artifact, images: Images, synthetic: Images, data: Mapping[str, Any], notes: Mapping[str, str]
-) -> Review:
-    """The page's content; synthetic images that could not be decoded are left out of it."""
-    usable = np.array(data["synthetic"], dtype=np.int64)
-    nearest = np.full((len(images.ids), min(NEAREST, len(usable))), -1, dtype=np.int64)
-    for row, found in data["nearest"].items():
-        nearest[int(row)] = found
-    quality: dict[str, Any] = dict(data["quality"], confusion=np.empty(0), counts=np.empty(0, dtype=np.int64))
-    quality |= {name: np.array(quality[name]) for name in ARRAYS}
-    return Review(
-        classes=images.classes,
-        ids=images.ids,
-        given=images.labels,
-        proposed=artifact.labels,
-        action=artifact.action,
-        confidence=artifact.confidence,
-        reason=artifact.reason,
-        nearest=nearest,
-        image=images.image,
-        synthetic_image=lambda row: synthetic.image(int(usable[row])),
-        synthetic_labels=synthetic.labels[usable],
-        threshold=data["thresholds"] or None,
-        sweep=[SweepRow(**row) for row in data["sweep"]],
-        quality=Quality(**quality),
-        notes=notes,
+    rows = page_rows(artifact)
+    limits = np.asarray(known.thresholds, dtype=np.float64).ravel()
+    return Evidence(
+        rows=rows,
+        nearest=nearest_synthetic(real.features, rows, reference),
+        synthetic_labels=intended,
+        synthetic_ids=[synthetic.images.ids[row] for row in usable],
+        threshold=limits[np.isfinite(limits)].tolist() or None,
+        sweep=[taken_from(SweepRow, row) for row in getattr(known, "sweep", ())],
+        quality=taken_from(Quality, prototype_quality(reference, intended, len(real.images.classes))),
+        notes=notes_of(summary),
     )
+
+
+def draw_page(out: Path, artifact: Artifact, evidence: Evidence, images: Images, synthetic: Images) -> None:
+    """Write the page of a run."""
+    row_of = {one: row for row, one in enumerate(synthetic.ids)}
+    if artifact.ids != images.ids or not set(evidence.synthetic_ids) <= set(row_of):
+        raise InputError(f"images: expected those of the run in {out}, got others")
+
+    def synthetic_image(row: int) -> Image.Image:
+        return synthetic.image(row_of[evidence.synthetic_ids[row]])
+
+    write_report(Review(artifact, evidence, images.image, synthetic_image), out / "report")
 
 
 def notes_of(summary: Summary) -> dict[str, str]:
@@ -432,16 +412,16 @@ def redraw(settings: Settings) -> Summary:
     """
     out = Path(settings.out).absolute()
     with locked(out):
-        data, known = (json.loads(kept(out, name)) for name in ("review.json", "summary.json"))
+        if Store(out, 0).done("summary.json") is None:
+            raise InputError(f"folder: expected a finished run in {out}, but summary.json is missing; run it again")
+        known = json.loads((out / "summary.json").read_bytes())
+        evidence = read_evidence(out / "evidence.json")
         artifact = read_artifact(out / "refined")
-        images = open_images(settings.images, artifact.run["settings"]["classes"])
-        if artifact.ids != images.ids:
-            raise InputError(f"images: expected the {len(artifact.ids or ())} images of the run, got others")
+        images = open_images(settings.images, artifact.classes)
         synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
-        estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
-        summary = Summary(**estimates | {"warnings": tuple(known["warnings"])})
-        write_report(review_of(artifact, images, synthetic, data, notes_of(summary)), out / "report")
-    return summary
+        draw_page(out, artifact, evidence, images, synthetic)
+    estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
+    return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 
 
 def estimates_of(result: Refinement) -> dict[str, Estimate | None]:
@@ -480,15 +460,7 @@ def embed(settings: Settings) -> dict[str, Any]:
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
     check_outside(settings)
     encoder = encoder_of(settings)
-    about = {**resolved(settings.used("embed")), "class_names": list(images.classes), "encoder_id": encoder.id}
-    with open_store(settings.out, about, resumable=RESUMABLE) as store:
-        done = embedded(store, "images", images, encoder, settings)
-        store.put("features.npy", lambda file: np.save(file, done.features, allow_pickle=False))
-        keep(store, "given.csv", csv_bytes({"id": images.ids, "label": images.labels.tolist()}))
-        keep(store, "classes.yaml", yaml_bytes(list(images.classes)))
-        keep(store, "bad.csv", bad_table({"images": done}))
-        store.finish()
-    return {"features": str(store.root / "features.npy"), "count": len(done.features), "bad": len(done.bad)}
+    return embed_folder(encoder, images, settings.out, **work_of(settings))
 
 
 def generate(settings: Settings) -> Path:

@@ -127,7 +127,7 @@ class Settings:
         least=0,
     )
     encoder: str = _setting(
-        "open_clip:ViT-L-14/openai", "open_clip:MODEL/TAG, timm:MODEL or an open_clip folder", EMBEDS
+        "open_clip:ViT-L-14-quickgelu/openai", "open_clip:MODEL/TAG, timm:MODEL or an open_clip folder", EMBEDS
     )
     weights: str | None = _setting(None, "local weights of the encoder", EMBEDS, metavar="FILE")
     model: str = _setting("stabilityai/sdxl-turbo", MODEL, GENERATES)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from synth_refine import InputError
 from synth_refine.images import weights as weights_module
-from synth_refine.images.embed import embed_cached, images_hash
+from synth_refine.images.embed import embed_cached
 from synth_refine.images.encoders import Preprocess, TorchEncoder, module_encoder, open_clip_encoder, timm_encoder
+from synth_refine.images.hashes import images_hash
 from synth_refine.images.weights import load_weights, read_weights
 
 TINY_CLIP: dict[str, Any] = {
@@ -342,9 +343,9 @@ class Counting:
 
 def test_cached_features_are_the_computed_ones_and_computed_once(tmp_path: Path) -> None:
     encoder = Counting()
-    first = embed_cached(encoder, images(), tmp_path, shard_rows=4)
+    first = embed_cached(encoder, images(), tmp_path, batch_rows=4)
     assert torch.equal(first, images().float().mean(dim=(2, 3)))
-    assert torch.equal(embed_cached(encoder, images(), tmp_path, shard_rows=4), first)
+    assert torch.equal(embed_cached(encoder, images(), tmp_path, batch_rows=4), first)
     assert encoder.seen == 10
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -362,30 +363,23 @@ def test_other_weights_images_or_order_are_never_served_from_the_cache(tmp_path:
         assert torch.equal(result, batch.float().mean(dim=(2, 3)))
 
 
-def test_interrupted_embedding_goes_on_behind_the_last_shard(tmp_path: Path) -> None:
+def test_interrupted_embedding_resumes_after_the_last_batch(tmp_path: Path) -> None:
     encoder = Counting()
     encoder.fail_after = 8
     with pytest.raises(KeyboardInterrupt):
-        embed_cached(encoder, images(), tmp_path, shard_rows=4)
+        embed_cached(encoder, images(), tmp_path, batch_rows=4)
     fresh = Counting()
-    result = embed_cached(fresh, images(), tmp_path, shard_rows=4)
+    result = embed_cached(fresh, images(), tmp_path, batch_rows=4)
     assert fresh.seen == 2
     assert torch.equal(result, images().float().mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "swapped", "manifest"])
-def test_damaged_shards_are_computed_again(tmp_path: Path, damage: str) -> None:
-    expected = embed_cached(Counting(), images(), tmp_path, shard_rows=4)
-    first, second, _ = sorted(tmp_path.rglob("shard-*.npy"))
-    if damage == "truncated":
-        first.write_bytes(first.read_bytes()[:-1])
-    elif damage == "swapped":
-        first.write_bytes(second.read_bytes())
-    else:
-        next(tmp_path.rglob("manifest.json")).write_text("{")
-    encoder = Counting()
-    assert torch.equal(embed_cached(encoder, images(), tmp_path, shard_rows=4), expected)
-    assert encoder.seen == (10 if damage == "manifest" else 4)
+@pytest.mark.parametrize("name", ["features.npy", "manifest.jsonl"])
+def test_damaged_features_are_computed_again(tmp_path: Path, name: str) -> None:
+    expected = embed_cached(Counting(), images(), tmp_path)
+    [path] = tmp_path.rglob(name)
+    path.write_bytes(path.read_bytes()[:-2])
+    assert torch.equal(embed_cached(Counting(), images(), tmp_path), expected)
 
 
 def test_hash_of_images_depends_on_shape_and_type() -> None:

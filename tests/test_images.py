@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import content, kill_matrix
 from PIL import Image, ImageOps
 from PIL import features as pillow
 from torch import Tensor
 
 from synth_refine import InputError
+from synth_refine.images.batches import decoded_shard
 from synth_refine.images.decode import FORMATS, decode, fitted
-from synth_refine.images.embed import content_hashes, decoded_shard, embed_images
+from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Preprocess
+from synth_refine.images.hashes import content_hashes
 from synth_refine.images.readers import From, HubRows, TarMembers, part_of
 from synth_refine.images.sources import open_images, read_classes
 
@@ -431,7 +434,7 @@ def test_bad_images_stay_rows_and_say_why(tmp_path: Path, workers: int) -> None:
     (tmp_path / "in" / names[7]).write_bytes(data(noise(7))[:100])
     (tmp_path / "in" / names[8]).write_bytes(data(noise(8, 5, 5)))
     images = open_images(tmp_path / "in")
-    features, bad = embed_images(Mean(), images, tmp_path / "kept", workers=workers, batch_rows=3, shard_rows=8)
+    features, bad = embed_images(Mean(), images, tmp_path / "kept", workers=workers, batch_rows=3)
     assert sorted(bad) == [3, 7, 8]
     assert "an HTML page" in bad[3]
     assert "truncated" in bad[7]
@@ -473,15 +476,16 @@ def test_what_a_node_does_not_see_is_no_bad_row(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "in" / names[1]).write_bytes(b"<html>")  # bad wherever it is read
     monkeypatch.chdir(tmp_path)
     read = open_images("in").read
-    options: dict[str, Any] = {"batch_rows": 2, "preprocess": None, "size": (8, 12)}
-    [(_, _, _, good)] = decoded_shard((0, read, names), **options)
-    assert good.tolist() == [True, False]
+    options: dict[str, Any] = {"preprocess": None, "size": (8, 12)}
+    rows = {7: range(2)}
+    [(number, _, good)] = decoded_shard((rows, read, names), **options)
+    assert (number, good.tolist()) == (7, [True, False])
     (tmp_path / "in" / names[0]).unlink()
-    [(_, _, _, good)] = decoded_shard((0, read, [None, *names[1:]]), **options)
+    [(_, _, good)] = decoded_shard((rows, read, [None, *names[1:]]), **options)
     assert good.tolist() == [False, False]
     seen = rf"^engine: cat/0\.png cannot be read on node {re.escape(platform.node())}: image: .*No such file.*0\.png$"
     with pytest.raises(InputError, match=seen):
-        list(decoded_shard((0, read, names), **options))
+        list(decoded_shard((rows, read, names), **options))
 
 
 def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,11 +501,12 @@ def test_a_cluster_is_told_which_images_can_be_read(tmp_path: Path, monkeypatch:
             results = map(actor("cpu"), results)
         yield from results
 
-    monkeypatch.setattr("synth_refine.images.embed.on_cluster", on_cluster)
-    monkeypatch.setattr("synth_refine.images.embed.check_engine", lambda _: None)
+    for module in ("embed", "hashes"):
+        monkeypatch.setattr(f"synth_refine.images.{module}.on_cluster", on_cluster)
+        monkeypatch.setattr(f"synth_refine.images.{module}.check_engine", lambda _: None)
     options: dict[str, Any] = {"shard_rows": 2, "engine": "ray"}
     assert content_hashes(images, **options) == content_hashes(images)
-    _, bad = embed_images(Mean(), images, tmp_path / "kept", make=lambda **_: Mean(), **options)
+    _, bad = embed_images(Mean(), images, tmp_path / "kept", make=lambda **_: Mean(), batch_rows=2, **options)
     assert asked == [["cat/0.png", None], ["cat/2.png"]]
     assert list(bad) == [1]
 
@@ -510,8 +515,10 @@ def test_an_image_that_one_node_alone_cannot_read_has_no_empty_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, "cat/0.png", "cat/1.png", "cat/2.png")
-    monkeypatch.setattr("synth_refine.images.embed.check_engine", lambda _: None)
-    monkeypatch.setattr("synth_refine.images.embed.on_cluster", lambda *_: [(1, [""], "other"), (0, ["", ""], "other")])
+    monkeypatch.setattr("synth_refine.images.hashes.check_engine", lambda _: None)
+    monkeypatch.setattr(
+        "synth_refine.images.hashes.on_cluster", lambda *_: [(1, [""], "other"), (0, ["", ""], "other")]
+    )
     with pytest.raises(InputError, match=r"^engine: cat/2\.png cannot be read on node other$"):
         content_hashes(open_images(tmp_path), shard_rows=2, engine="ray")
 
@@ -564,23 +571,57 @@ def test_images_of_any_size_come_to_the_size_of_the_encoder(tmp_path: Path) -> N
     assert np.allclose(features, RED, atol=0.1)
 
 
-def test_features_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_features_are_kept_and_an_interrupted_run_resumes(tmp_path: Path) -> None:
     save(tmp_path / "in", *(f"cat/{row:02d}.png" for row in range(20)))
     images = open_images(tmp_path / "in")
     encoder = Mean()
     encoder.fail_after = 12
-    options: dict[str, Any] = {"batch_rows": 4, "shard_rows": 8}
     with pytest.raises(KeyboardInterrupt):
-        embed_images(encoder, images, tmp_path / "kept", **options)
+        embed_images(encoder, images, tmp_path / "kept", batch_rows=4)
     fresh = Mean()
-    features, _ = embed_images(fresh, images, tmp_path / "kept", **options)
-    assert fresh.seen == 12  # the first shard is there
-    assert np.array_equal(embed_images(fresh, images, tmp_path / "kept", **options)[0], features)
-    assert fresh.seen == 12
+    features, _ = embed_images(fresh, images, tmp_path / "kept", batch_rows=4)
+    assert fresh.seen == 8  # the first three batches are there
+    assert np.array_equal(embed_images(fresh, images, tmp_path / "kept", batch_rows=4)[0], features)
+    assert fresh.seen == 8
     (tmp_path / "in" / "cat" / "00.png").write_bytes(data(noise(99)))
-    other, _ = embed_images(fresh, images, tmp_path / "kept", **options)
+    other, _ = embed_images(fresh, images, tmp_path / "kept", batch_rows=4)
     assert not np.array_equal(other[0], features[0])
     assert np.array_equal(other[1:], features[1:])
+
+
+@pytest.mark.slow
+def test_embed_killed_at_every_point_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "in", *(f"cat/{row:02d}.png" for row in range(5)))
+    (tmp_path / "in" / "cat" / "03.png").write_bytes(b"<html>")
+    monkeypatch.setattr("synth_refine.images.embed.KEEP_SECONDS", 0.0)  # every batch is kept at once
+    images = open_images(tmp_path / "in")
+    assert kill_matrix(tmp_path, lambda folder: embed_folder(Mean(), images, folder, batch_rows=2)) > 60
+
+
+def test_a_folder_of_features_takes_no_other_images_labels_or_encoder(tmp_path: Path) -> None:
+    save(tmp_path / "in", "cat/0.png", "cat/1.png", "dog/2.png")
+    images = open_images(tmp_path / "in")
+    embed_folder(Mean(), images, tmp_path / "out")
+    before = content(tmp_path / "out")
+    assert set(before) >= {"features.npy", "given.csv", "classes.yaml", "bad.csv", "manifest.jsonl"}
+    assert embed_folder(Mean(), images, tmp_path / "out")["count"] == 3
+    other = Mean()
+    other.id = "other"
+    (tmp_path / "in" / "cat" / "1.png").write_bytes(data(noise(99)))
+    changed = open_images(tmp_path / "in")
+    for encoder, source, name in (
+        (other, images, "encoder"),
+        (Mean(), changed, "images"),
+        (Mean(), open_images(tmp_path / "in", ["dog", "cat"]), "images"),
+    ):
+        with pytest.raises(InputError, match=f"out: .* was begun with, got another {name}"):
+            embed_folder(encoder, source, tmp_path / "out")
+    (tmp_path / "in" / "cat" / "1.png").write_bytes(data(noise(1)))
+    with pytest.raises(InputError, match="out: .* was begun with, got another given"):
+        embed_folder(Mean(), open_images(tmp_path / "in", ["dog", "cat"]), tmp_path / "out")
+    with pytest.raises(InputError, match="holds cat; take another folder"):
+        embed_folder(Mean(), changed, tmp_path / "in")
+    assert content(tmp_path / "out") == before
 
 
 def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ What is killed is always in the middle of its work: the work waits for a file th
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 import warnings
@@ -25,8 +24,9 @@ from torch import nn
 from benchmarks import kill_ray
 from synth_refine import InputError
 from synth_refine._io.ray import on_cluster
-from synth_refine.images import embed
-from synth_refine.images.embed import embed_images, embedder
+from synth_refine.images import embed, hashes
+from synth_refine.images.batches import embedder
+from synth_refine.images.embed import embed_images
 from synth_refine.images.encoders import Preprocess, TorchEncoder
 from synth_refine.images.sources import open_images
 from synth_refine.scale import shards as scale
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 SHARDS, SHARD_ROWS = 40, 20
-PHOTOS, PHOTO_SHARD, BATCH = 30, 5, 2
+PHOTOS, PHOTO_SHARD, BATCH = 30, 6, 2
 GATED = 10  # shards, or calls of an actor, that are done before the gate is asked for
 
 
@@ -149,6 +149,18 @@ def tiny(weights: str, gate: Path | None = None) -> Callable[..., TorchEncoder]:
     return make
 
 
+def interrupted(call: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """The call, which fails when it was made so many times."""
+    calls = count()
+
+    def counted(*arguments: Any) -> Any:
+        if next(calls) >= after:
+            raise KeyboardInterrupt
+        return call(*arguments)
+
+    return counted
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of several sizes, two of them bad, and the weights of a tiny network."""
@@ -180,21 +192,25 @@ def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_a_worker_is_k
     expected, bad = embed_images(build(), sources, tmp_path / "calm", workers=2, **options)
     assert sorted(bad) == [17, 28]
     assert np.isfinite(np.delete(expected, [17, 28], axis=0)).all()
-    begun = next(shutil.copytree(tmp_path / "calm", tmp_path / "ray").iterdir())  # here, and gone on with there
-    for number in range(1, 6):
-        (begun / f"shard-{number:05d}.npy").unlink()
+    monkeypatch.setattr(embed, "KEEP_SECONDS", 0.0)
+    begin = build()
+    monkeypatch.setattr(begin, "embed", interrupted(begin.embed, 3))
+    with pytest.raises(KeyboardInterrupt):  # begun here, and resumed there
+        embed_images(begin, sources, tmp_path / "ray", **options)
+    [begun] = (tmp_path / "ray").iterdir()
     asked = []
 
     def watched(items: Any, *rest: Any, **more: Any) -> Iterator[Any]:
-        asked.append([number for number, _, _ in items])
+        asked.append([sorted(first) if isinstance(first, dict) else first for first, _, _ in items])
         return on_cluster(items, *rest, **more)
 
-    monkeypatch.setattr(embed, "on_cluster", watched)
+    for module in (embed, hashes):
+        monkeypatch.setattr(module, "on_cluster", watched)
 
     gate = tmp_path / "gate"
     options |= {"engine": "ray", "device": "cpu", "make": tiny("weights.safetensors", gate)}
     run = Run(lambda: embed_images(build(), sources, tmp_path / "ray", **options))
-    run.wait_for(lambda: len(list(begun.glob("shard-*.npy"))) > 1)
+    run.wait_for(lambda: len(list(begun.glob("parts/*.npy"))) > 4)
     [(worker, _), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
     worker.kill()
     gate.touch()
@@ -202,7 +218,7 @@ def test_embedding_goes_on_on_the_cluster_to_the_same_bytes_though_a_worker_is_k
     assert features.tobytes() == expected.tobytes()
     assert also_bad == bad
     assert content(tmp_path / "ray") == content(tmp_path / "calm")
-    assert asked == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]  # to hash, to embed
+    assert asked == [[0, 1, 2, 3, 4], [[3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14]]]  # to hash, to embed
 
 
 def test_an_actor_refuses_other_weights_and_a_gpu_that_is_not_there(photos: Path) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kills import content, kill_matrix
 from PIL import Image
 
 from synth_refine import InputError
@@ -88,10 +86,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawer(tiny: Path, **options: Any) -> TextToImage:
     return TextToImage(str(tiny), **{"size": 16, "batch_size": 3, **options})
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def lines(manifest: Path) -> list[dict[str, Any]]:
@@ -168,74 +162,19 @@ def test_an_image_depends_on_run_seed_class_and_index_alone() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def killed(run: Callable[[], object]) -> bool:
-    """Run in a forked child; whether it was killed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.slow
-def test_killed_at_any_write_and_resumed_equals_uninterrupted(
+def test_killed_at_every_point_and_resumed_equals_uninterrupted(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = drawer(tiny)
+    generator = drawer(tiny, batch_size=1)
     revision = generator.load()
     monkeypatch.setattr(generator, "load", lambda: revision)
-
-    def run(folder: Path) -> Path:
-        return generate_images(folder, CLASSES, generator, per_class=4, seed=1)
-
-    run(tmp_path / "whole")
-    expected = content(tmp_path / "whole")
-    assert len(expected) == 10
-    replace, deaths = os.replace, 0
-    for point in range(100):
-        folder = tmp_path / str(point)
-
-        def dying(folder: Path = folder, point: int = point) -> None:
-            left = point
-
-            def counted(source: Any, target: Any) -> None:
-                nonlocal left
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left -= 1
-                replace(source, target)
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            os.replace = counted
-            run(folder)
-
-        died = killed(dying)
-        if died:
-            deaths += 1
-            assert content(folder) != expected or point > 9
-        run(folder)
-        assert content(folder) == expected
-        shutil.rmtree(folder)
-        if not died:
-            break
-    assert deaths >= 10  # settings, notes, eight images, manifest
+    assert kill_matrix(tmp_path, lambda folder: generate_images(folder, CLASSES, generator, per_class=1)) > 30
 
 
-def test_half_a_line_a_lost_and_a_damaged_image_are_drawn_again(tiny: Path, tmp_path: Path) -> None:
-    generator = drawer(tiny)
-    manifest = generate_images(tmp_path, CLASSES, generator, per_class=2)
+def test_a_lost_and_a_damaged_image_are_generated_again(tiny: Path, tmp_path: Path) -> None:
+    generate_images(tmp_path, CLASSES, drawer(tiny), per_class=2)
     expected = content(tmp_path)
-    notes = manifest.read_text()
-    (tmp_path / ".drawn-0.jsonl").write_text(notes[: len(notes) - 40])
-    manifest.unlink()
     (tmp_path / "cat" / "00000.png").unlink()
     (tmp_path / "cat" / "00001.png").write_bytes(b"else")
     generate_images(tmp_path, CLASSES, drawer(tiny), per_class=2)
@@ -282,7 +221,7 @@ def test_a_folder_with_other_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "mine.jpg")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"new or empty one, or what generate began there, but .* holds a; take"):
+        with pytest.raises(InputError, match=r"folder: expected a new or empty folder, but .* holds a; take"):
             generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
         assert list(content(tmp_path)) == ["a/mine.jpg"]
     generate_images(tmp_path / "set", ["a"], Glyphs(8), per_class=1)
@@ -301,26 +240,6 @@ def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a; take another folder"):
         generate_images(tmp_path, ["a"], Glyphs(8), per_class=1)
     assert content(tmp_path) == before
-
-
-def test_a_full_disk_is_an_error_and_the_set_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate_images(tmp_path / "whole", ["a", "b"], Glyphs(8), per_class=3)
-    replace, left = os.replace, 4
-
-    def full(source: Any, target: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
-            generate_images(tmp_path / "set", ["a", "b"], Glyphs(8), per_class=3)
-    assert not list((tmp_path / "set").rglob("*.tmp"))
-    generate_images(tmp_path / "set", ["a", "b"], Glyphs(8), per_class=3)
-    assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
 def test_glyphs_are_those_of_render_glyphs(tmp_path: Path) -> None:
@@ -354,11 +273,11 @@ def test_withheld_images_are_noted_and_left_out(tmp_path: Path) -> None:
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     script = (
-        "import sys; from synth_refine.generate import Glyphs, generate_images\n"
+        "import sys; from synth_refine.synthetic.generate import Glyphs, generate_images\n"
         "g = Glyphs(8); g.batch_size = 2; generate_images(sys.argv[1], ['a', 'b'], g, per_class=4)"
     )
     (tmp_path / "draw.py").write_text(script)
-    root = Path(generate.__file__).parent.parent
+    root = Path(generate.__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
@@ -373,9 +292,11 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"classes": []}, "classes, templates: expected at least one of each"),
+        ({"classes": []}, "classes: expected at least one, got none"),
         ({"classes": ["../up"]}, "classes: expected names that a folder can have, got '../up'"),
         ({"templates": ["a photo"]}, "templates: expected {category} where the class goes, got 'a photo'"),
+        ({"templates": []}, r"templates: expected a list of at least one prompt, got \[\]"),
+        ({"templates": "{category}"}, "templates: expected a list of at least one prompt, got '{category}'"),
         ({"per_class": 0}, "per_class: expected 1 or more, got 0"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
     ],
@@ -384,6 +305,12 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, arguments: dict[str, Any], 
     with pytest.raises(InputError, match=message):
         generate_images(tmp_path, **{"classes": ["a"], "generator": Glyphs(8), **arguments})
     assert content(tmp_path) == {}
+
+
+def test_a_pipeline_that_fails_is_one_clear_line(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="model: .* failed while it generated images: .*divisible") as caught:
+        generate_images(tmp_path, ["a"], drawer(tiny, size=12), per_class=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_cannot_be_had_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,9 @@ class Store:
     def drop(self, names: Sequence[str]) -> None:
         """Remove files of this store, finished or not."""
         for name in names:
-            (self.root / name).unlink(missing_ok=True)
             if self.entries.pop(name, None) is not None:
                 self._append(_line(name, {"dropped": True}))
+            (self.root / name).unlink(missing_ok=True)
 
     def remove_unfinished(self) -> None:
         """Remove what killed processes left half written."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,11 +102,12 @@ class TorchEncoder:
         self.normalise, self.batch_size = normalise, batch_size
         self._forward: Any = getattr(module, "encode_image", None) or getattr(module, "features", None) or module
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """SHA-256 of the name, the preprocessing and every weight."""
+        """SHA-256 of the name, the preprocessing, the kind of every layer and every weight, when first asked for."""
         preprocess = None if self.preprocess is None else asdict(self.preprocess)
-        about = [self.name, type(self.module).__name__, preprocess, self.normalise]
+        layers = [[name, type(layer).__name__] for name, layer in self.module.named_modules()]
+        about = [self.name, layers, preprocess, self.normalise]
         digest = hashlib.sha256(json.dumps(about).encode())
         for name, value in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

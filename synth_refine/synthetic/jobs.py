@@ -9,13 +9,24 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from synth_refine._io.error import InputError
+
 TEMPLATES = ("A photo of {category}.",)
 """The paper's prompt."""
 
 
+def check_templates(templates: object) -> None:
+    """Refuse what is no list of prompts with a place for the class."""
+    if not isinstance(templates, list | tuple) or not templates:
+        raise InputError(f"templates: expected a list of at least one prompt, got {templates!r}")
+    for template in templates:
+        if not isinstance(template, str) or "{category}" not in template:
+            raise InputError(f"templates: expected {{category}} where the class goes, got {template!r}")
+
+
 @dataclass(frozen=True)
 class Job:
-    """One image to draw.
+    """One image to generate.
 
     Attributes:
         label: Number of the class.
@@ -46,7 +57,7 @@ class Job:
 
 
 class Generator(Protocol):
-    """Anything that draws images."""
+    """Anything that generates images."""
 
     batch_size: int
 

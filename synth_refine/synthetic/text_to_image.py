@@ -99,14 +99,19 @@ class TextToImage:
 
     def draw(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
         """One call of the pipeline, with a random generator per image."""
-        result = self._pipeline(
-            prompt=[job.prompt for job in jobs],
-            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],  # the same noise on every device
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance,
-            height=self.size,
-            width=self.size,
-        )
+        try:
+            result = self._pipeline(
+                prompt=[job.prompt for job in jobs],
+                # The same noise on every device.
+                generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance,
+                height=self.size,
+                width=self.size,
+            )
+        except Exception as error:  # a scheduler without so few steps, a size that the network cannot halve, ...
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"model: {self.model} failed while it generated images: {first[:200]}") from error
         withheld = getattr(result, "nsfw_content_detected", None) or [False] * len(jobs)
         return [None if hidden else image for image, hidden in zip(result.images, withheld, strict=True)]
 
