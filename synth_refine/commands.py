@@ -172,7 +172,8 @@ def _scale(options: Namespace) -> int:
     head = inputs.pop("head", None)
     count = inputs.get("num_classes") or len(inputs["prototypes"])
     given, features = shards_sample(settings.features, settings.given, count, SAMPLE_ROWS)
-    pipeline.tell_doubts(features, given, inputs, _say)
+    for doubt in pipeline.doubts(features, given, inputs):
+        _say(f"warning: {doubt}")
     summary = refine_shards(
         settings.features,
         settings.given,
@@ -210,7 +211,7 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
         _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
         return FINE
     before, ids = read_labels_and_ids(options.labels, key=options.key)
-    labels = turn(artifact, before, ids)
+    labels = turn(artifact, before.astype(_dtype(options.labels)), ids)  # the type that is written
     if Path(options.out).exists() and Path(options.out).samefile(options.labels):
         raise InputError(f"out: expected another file than the labels read, got {options.out}")
     names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None

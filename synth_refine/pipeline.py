@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 
 from synth_refine._io.atomic import check_folder, file_hash, locked
 from synth_refine._io.check import InputError
@@ -46,55 +45,33 @@ from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.prototypes import prototype_quality
 from synth_refine.refine.result import Refinement
 from synth_refine.refine.solve import AnchoredDiagnostics
+from synth_refine.review import evidence as page
 from synth_refine.review.charts import Review
-from synth_refine.review.evidence import (
-    Evidence,
-    Quality,
-    SweepRow,
-    nearest_synthetic,
-    read_evidence,
-    taken_from,
-    write_evidence,
-)
 from synth_refine.review.report import page_rows, write_report
 from synth_refine.settings import RESUMABLE, Settings, resolved
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
+NOTES = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")  # on the page
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run in numbers; those that were not estimated are None.
+    """A finished run in numbers; what is not estimated is None, as all estimates are with the paper's rule."""
 
-    Attributes:
-        artifact: Its folder.
-        report: The page.
-        count: Images.
-        changed: Labels that were changed.
-        abstained: Labels that somebody should look at.
-        bad: Images that could not be decoded.
-        synthetic: Synthetic images that were used.
-        warnings: Doubts about the inputs.
-        synthetic_accuracy: Share of the held-out synthetic images that are classified correctly; anchored only.
-        noise_before: Estimated share of the given labels that are wrong; anchored only.
-        noise_after: The same of the refined labels.
-        wrong_changes: Estimated share of the changes that are wrong; anchored only.
-    """
-
-    artifact: str
-    report: str
-    count: int
-    changed: int
-    abstained: int
-    bad: int
-    synthetic: int
-    warnings: tuple[str, ...]
-    synthetic_accuracy: float | None = None
-    noise_before: Estimate | None = None
-    noise_after: Estimate | None = None
-    wrong_changes: Estimate | None = None
+    artifact: str  # its folder
+    report: str  # the page
+    count: int  # images
+    changed: int  # labels that were changed
+    abstained: int  # labels that somebody should look at
+    bad: int  # images that could not be decoded
+    synthetic: int  # synthetic images that were used
+    warnings: tuple[str, ...]  # doubts
+    synthetic_accuracy: float | None = None  # share of held-out synthetic images that are classified correctly
+    noise_before: Estimate | None = None  # share of the given labels that are wrong
+    noise_after: Estimate | None = None  # share of the refined labels
+    wrong_changes: Estimate | None = None  # share of the changes
 
     def lines(self) -> dict[str, str]:
         """All of it as text for people."""
@@ -108,17 +85,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images with their features.
-
-    Attributes:
-        images: The images.
-        features: Their features, (N, D) float32, NaN where an image could not be decoded.
-        bad: Why it could not, by row.
-    """
+    """Images with their features."""
 
     images: Images
-    features: NDArray[np.float32]
-    bad: dict[int, str] = field(default_factory=dict)
+    features: NDArray[np.float32]  # (N, D), NaN where an image could not be decoded
+    bad: dict[int, str] = field(default_factory=dict)  # why it could not, by row
 
     @property
     def usable(self) -> NDArray[np.int64]:
@@ -142,23 +113,22 @@ def run(
     check(settings, "run")
     classes = read_classes(settings.classes) if settings.classes else None
     images = open_images(settings.images, list(classes) if classes else None)
-    check_outside(settings)
     encoder = encoder_of(settings)
     drawer = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
-    about = {**resolved(settings.used("run")), "class_names": list(images.classes), "encoder_id": encoder.id}
-    about |= {name: file_hash(about[name]) for name in ("logits", "text_prototypes") if about.get(name)}
+    used = resolved(settings.used("run"))
+    about = {**used, "class_names": list(images.classes), "encoder_id": encoder.id}
+    about |= {name: file_hash(used[name]) for name in ("logits", "text_prototypes") if used.get(name)}
     if dry_run:
         if drawer is not None:
             drawer.load()
-        return {**settings.used("run"), "class_names": list(images.classes), "count": len(images.ids), "written": False}
+        return {**used, "class_names": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out).absolute()  # results are the same from any working directory
     with open_store(out, about, resumable=RESUMABLE) as store:
-        keep(store, "config.yaml", yaml_bytes(resolved(settings.used("run"))))
+        keep(store, "config.yaml", yaml.safe_dump(used, sort_keys=False, allow_unicode=True).encode())
         if drawer is not None:
-            categories = classes if classes is not None else {name: name for name in images.classes}
-            folder = generate_into(out / "synthetic", categories, drawer, settings)
-            synthetic = open_synthetic(str(folder), images.classes)
+            generate_images(out / "synthetic", classes or images.classes, drawer, **set_of(settings))
+            synthetic = open_synthetic(str(out / "synthetic"), images.classes)
         assert synthetic is not None  # given, or generated just now
         real = embedded(store, "images", images, encoder, settings)
         drawn = embedded(store, "synthetic", synthetic, encoder, settings)
@@ -168,7 +138,8 @@ def run(
         write_artifact(out / "refined", artifact)
         summary = summarized(out, artifact, result, real, drawn)
         evidence = evidence_of(artifact, result, real, drawn, summary)
-        write_evidence(out / "evidence.json", evidence)
+        page.write_evidence(out / "evidence.json", evidence)
+        store.note("evidence.json", file_hash(out / "evidence.json"))
         draw_page(out, artifact, evidence, images, synthetic)
         keep(store, "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
         store.finish()
@@ -184,18 +155,14 @@ def check(settings: Settings, command: str) -> None:
     there = next(path for path in (place, *place.parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"out: expected a folder that can be written, got {there}")
+    if settings.images and place.resolve().is_relative_to(Path(settings.images).resolve()):
+        raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     try:
         device = torch.device(device_of(settings))
     except RuntimeError as error:
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}") from error
     if settings.engine == "local" and device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
-
-
-def check_outside(settings: Settings) -> None:
-    """Keep results out of the user's images."""
-    if Path(settings.out).resolve().is_relative_to(Path(settings.images).resolve()):
-        raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
 
 
 def device_of(settings: Settings) -> str:
@@ -227,10 +194,9 @@ def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
     return synthetic
 
 
-def generate_into(folder: Path, categories: Mapping[str, str], drawer: Generator, settings: Settings) -> Path:
-    """Generate the synthetic images of classes, with what prompts call them; the folder."""
-    options = {name: getattr(settings, name) for name in ("per_class", "templates", "seed")}
-    return generate_images(folder, categories, drawer, **options).parent
+def set_of(settings: Settings) -> dict[str, Any]:
+    """What makes up a set of synthetic images."""
+    return {name: getattr(settings, name) for name in ("per_class", "templates", "seed")}
 
 
 def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings: Settings) -> Embedded:
@@ -266,11 +232,6 @@ def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> No
     keep(store, name, data)
 
 
-def yaml_bytes(content: object) -> bytes:
-    """What a YAML file holds."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
-
-
 def keep(store: Store, name: str, data: bytes) -> None:
     """Put a file into the store, unless it is there already."""
     if (store.done(name) or {}).get("sha256") != sha256(data).hexdigest():
@@ -287,9 +248,7 @@ def refined(
     real: Embedded, synthetic: Embedded, settings: Settings, inputs: Mapping[str, str], say: Callable[[str], object]
 ) -> tuple[Refinement, Artifact]:
     """Refine the given labels of images whose features are known, and put the result on record."""
-    images, usable = real.images, synthetic.usable
-    if lacking := sorted(set(range(len(images.classes))) - set(synthetic.images.labels[usable].tolist())):
-        raise InputError(f"synthetic: expected an image of every class, got none of {images.classes[lacking[0]]}")
+    images, usable, names = real.images, synthetic.usable, ("logits", "text_prototypes")
     result = refine_arrays(
         real.features,
         images.labels,
@@ -298,24 +257,11 @@ def refined(
         num_classes=len(images.classes),
         synthetic_features=synthetic.features[usable],
         synthetic_labels=synthetic.images.labels[usable],
-        **{
-            name: read_npy(name, path, "f")
-            for name in ("logits", "text_prototypes")
-            if (path := getattr(settings, name))
-        },
+        **{name: read_npy(name, path, "f") for name in names if (path := getattr(settings, name))},
     )
-    artifact = result.record(
-        images.labels,
-        ids=images.ids,
-        inputs=inputs,
-        settings={
-            **recorded(settings, "run", result),
-            "encoder": settings.encoder,
-            "source": images.kind,
-            "classes": list(images.classes),
-        },
-    )
-    return result, artifact
+    known = {**recorded(settings, "run", result), "encoder": settings.encoder, "source": images.kind}
+    known["classes"] = list(images.classes)
+    return result, result.record(images.labels, ids=images.ids, inputs=inputs, settings=known)
 
 
 def refine_arrays(
@@ -326,29 +272,26 @@ def refine_arrays(
     Args:
         features: Features of the real images, (N, D), NaN where one could not be decoded.
         given: Given labels, (N,).
-        settings: Refiner, threshold and what else it takes.
+        settings: `OPTIONS` are taken from it.
         say: Called with every doubt.
-        inputs: What else `front.refine` takes, as arrays; logits stand in `logits` for both refiners.
+        inputs: The other arrays that `front.refine` takes; a second view comes as `logits` too.
     """
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
         inputs["second_view"] = inputs.pop("logits")
-    told = tell_doubts(features, given, inputs, say)
+    told = doubts(features, given, inputs)
+    for warning in told:
+        say(f"warning: {warning}")
     result = front.refine(features, given, progress=sys.stderr.isatty(), **inputs)
     for warning in result.diagnostics.warnings[len(told) :]:  # it begins with those
         say(f"warning: {warning}")
     return result
 
 
-def tell_doubts(
-    features: NDArray[Any], given: NDArray[Any], inputs: Mapping[str, Any], say: Callable[[str], object]
-) -> tuple[str, ...]:
-    """Say before the work what is doubtful about its inputs."""
+def doubts(features: NDArray[Any], given: NDArray[Any], inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is doubtful about the inputs of a refinement, before the work."""
     names = ("synthetic_features", "synthetic_labels", "prototypes", "num_classes")
-    doubts = front.check(features, given, **{name: inputs[name] for name in names if name in inputs})
-    for doubt in doubts:
-        say(f"warning: {doubt}")
-    return doubts
+    return front.check(features, given, **{name: inputs[name] for name in names if name in inputs})
 
 
 def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, Any]:
@@ -367,41 +310,32 @@ def options_of(settings: Settings) -> dict[str, Any]:
 
 def evidence_of(
     artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded, summary: Summary
-) -> Evidence:
+) -> page.Evidence:
     """What the page shows beside the artifact; synthetic images that could not be decoded are left out of it."""
     usable, known = synthetic.usable, result.diagnostics
     reference: NDArray[Any] = synthetic.features[usable]
     intended: NDArray[Any] = synthetic.images.labels[usable]
     rows = page_rows(artifact)
     limits = np.asarray(known.thresholds, dtype=np.float64).ravel()
-    return Evidence(
+    return page.Evidence(
         rows=rows,
-        nearest=nearest_synthetic(real.features, rows, reference),
+        nearest=page.nearest_synthetic(real.features, rows, reference),
         synthetic_labels=intended,
         synthetic_ids=[synthetic.images.ids[row] for row in usable],
         threshold=limits[np.isfinite(limits)].tolist() or None,
-        sweep=[taken_from(SweepRow, row) for row in getattr(known, "sweep", ())],
-        quality=taken_from(Quality, prototype_quality(reference, intended, len(real.images.classes))),
-        notes=notes_of(summary),
+        sweep=[page.taken_from(page.SweepRow, row) for row in getattr(known, "sweep", ())],
+        quality=page.taken_from(page.Quality, prototype_quality(reference, intended, len(real.images.classes))),
+        notes={name: text for name, text in summary.lines().items() if name in NOTES and text},
     )
 
 
-def draw_page(out: Path, artifact: Artifact, evidence: Evidence, images: Images, synthetic: Images) -> None:
+def draw_page(out: Path, artifact: Artifact, evidence: page.Evidence, images: Images, synthetic: Images) -> None:
     """Write the page of a run."""
     row_of = {one: row for row, one in enumerate(synthetic.ids)}
     if artifact.ids != images.ids or not set(evidence.synthetic_ids) <= set(row_of):
         raise InputError(f"images: expected those of the run in {out}, got others")
-
-    def synthetic_image(row: int) -> Image.Image:
-        return synthetic.image(row_of[evidence.synthetic_ids[row]])
-
-    write_report(Review(artifact, evidence, images.image, synthetic_image), out / "report")
-
-
-def notes_of(summary: Summary) -> dict[str, str]:
-    """What the page says beside the numbers that it counts itself."""
-    names = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")
-    return {name: text for name in names if (text := summary.lines()[name])}
+    rows = [row_of[one] for one in evidence.synthetic_ids]
+    write_report(Review(artifact, evidence, images.image, lambda row: synthetic.image(rows[row])), out / "report")
 
 
 def redraw(settings: Settings) -> Summary:
@@ -412,10 +346,11 @@ def redraw(settings: Settings) -> Summary:
     """
     out = Path(settings.out).absolute()
     with locked(out):
-        if Store(out, 0).done("summary.json") is None:
-            raise InputError(f"folder: expected a finished run in {out}, but summary.json is missing; run it again")
+        for name in ("summary.json", "evidence.json"):
+            if Store(out, 0).done(name) is None:
+                raise InputError(f"folder: expected a finished run in {out}, but {name} is missing or damaged")
         known = json.loads((out / "summary.json").read_bytes())
-        evidence = read_evidence(out / "evidence.json")
+        evidence = page.read_evidence(out / "evidence.json")
         artifact = read_artifact(out / "refined")
         images = open_images(settings.images, artifact.classes)
         synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
@@ -451,20 +386,14 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
 
 
 def embed(settings: Settings) -> dict[str, Any]:
-    """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them.
-
-    Raises:
-        InputError: The images or the encoder cannot be used. Images that cannot be decoded have NaN features.
-    """
+    """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
-    check_outside(settings)
-    encoder = encoder_of(settings)
-    return embed_folder(encoder, images, settings.out, **work_of(settings))
+    return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 
 def generate(settings: Settings) -> Path:
     """Generate the synthetic images of classes into the folder `out`; the manifest."""
     check(settings, "generate")
-    categories = read_classes(settings.classes or "")
-    return generate_into(Path(settings.out), categories, generator_of(settings), settings) / "manifest.jsonl"
+    classes = read_classes(settings.classes or "")
+    return generate_images(settings.out, classes, generator_of(settings), **set_of(settings))
