@@ -45,7 +45,7 @@ class Options(Config):
 class ClipOptions(Options):
     """For pixels: which CLIP; a task of features brings its own."""
 
-    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14
+    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14-quickgelu
     weights: str = ""  # its tag, such as openai, or a file
 
 
@@ -64,7 +64,7 @@ def named_clip(name: str, weights: str, device: torch.device) -> ClipEncoder:
     """The project's own CLIP, "glyph-clip", or any other that open_clip knows.
 
     Args:
-        name: "glyph-clip", or a name or folder that open_clip knows, such as ViT-L-14.
+        name: "glyph-clip", or a name or folder that open_clip knows, such as ViT-L-14-quickgelu.
         weights: Their tag, such as openai, or a file; "" for glyph-clip and folders.
         device: Where it runs.
 

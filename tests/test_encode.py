@@ -22,8 +22,17 @@ from torch import Tensor, nn
 
 from synth_refine import InputError
 from synth_refine.images import weights as weights_module
+from synth_refine.images.decode import fitted
 from synth_refine.images.embed import embed_cached
-from synth_refine.images.encoders import Preprocess, TorchEncoder, module_encoder, open_clip_encoder, timm_encoder
+from synth_refine.images.encoders import (
+    DEFAULT,
+    Preprocess,
+    TorchEncoder,
+    check_activation,
+    module_encoder,
+    open_clip_encoder,
+    timm_encoder,
+)
 from synth_refine.images.hashes import images_hash
 from synth_refine.images.weights import load_weights, read_weights
 
@@ -127,7 +136,7 @@ def test_features_that_are_not_finite_are_refused(classifier: Pooled) -> None:
         module_encoder("pooled", classifier).embed(images())
 
 
-@pytest.mark.parametrize("size", [(20, 20), (40, 26), (26, 40)])
+@pytest.mark.parametrize("size", [(20, 20), (40, 26), (26, 40), (375, 750)])
 def test_preprocessing_agrees_with_open_clip_on_pictures(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     smooth = nn.functional.interpolate(torch.rand(1, 3, 5, 5, generator=generator), size, mode="bilinear")
@@ -136,7 +145,12 @@ def test_preprocessing_agrees_with_open_clip_on_pictures(size: tuple[int, int]) 
     theirs = open_clip.image_transform(16, is_train=False, mean=mean, std=std)
     expected = theirs(Image.fromarray(picture[0].permute(1, 2, 0).numpy()))
     ours = Preprocess((16, 16), mean=mean, std=std)(picture)[0]
-    torch.testing.assert_close(ours, expected, atol=0.03, rtol=0)  # theirs rounds to whole grey levels in between
+    torch.testing.assert_close(ours, expected, atol=1.01 / 255 / 0.2, rtol=0)  # one grey level, by rounding
+    pillow = fitted(Image.fromarray(picture[0].permute(1, 2, 0).numpy()), Preprocess((16, 16)))
+    exact = open_clip.image_transform(16, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3)(
+        Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    )
+    assert np.array_equal(np.asarray(pillow), (255 * exact).round().permute(1, 2, 0).numpy())
 
 
 # ---- CLIP ----
@@ -151,6 +165,59 @@ def test_local_clip_goes_through_the_real_loading_code(clip_folder: Path) -> Non
     torch.testing.assert_close(encoder.embed(images()), expected)
     assert encoder.preprocess == Preprocess((16, 16), True, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert open_clip_encoder(f"local-dir:{clip_folder}").id == encoder.id
+
+
+def test_the_default_encoder_is_openai_s_network_and_another_activation_is_refused() -> None:
+    model, tag = DEFAULT.removeprefix("open_clip:").split("/")
+    check_activation(model, tag, open_clip.get_model_config(model), open_clip.get_pretrained_cfg)
+    assert open_clip.get_model_config(model)["quick_gelu"] is open_clip.get_pretrained_cfg(model, tag)["quick_gelu"]
+    message = "'openai' were trained with QuickGELU, but ViT-L-14 computes with GELU; take ViT-L-14-quickgelu"
+    with pytest.raises(InputError, match=message):
+        open_clip_encoder("ViT-L-14", "openai")
+    tags = {"mine": {"quick_gelu": False}}
+    with pytest.raises(InputError, match="trained with GELU, but x-quickgelu computes with QuickGELU; take x$"):
+        check_activation("x-quickgelu", "mine", {"quick_gelu": True}, lambda _, tag: tags[tag])
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_name_of_a_model_decides_the_activation_of_a_file(tmp_path: Path, quick: bool) -> None:
+    """The graph, without weights of anybody: a block by hand, with the activation that the name says."""
+    name = "tiny-quickgelu" if quick else "tiny"
+    config = {**TINY_CLIP["model_cfg"], "quick_gelu": quick}
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**json.loads(json.dumps(config))).eval()
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "w.safetensors")
+    encoder = open_clip_encoder(name, tmp_path / "w.safetensors")
+    inputs = []
+    mlp = encoder.module.visual.transformer.resblocks[0].mlp  # type: ignore[union-attr, index]
+    mlp.register_forward_hook(lambda _, given, made: inputs.append((given[0], made)))  # type: ignore[union-attr]
+    encoder.embed(images(2))
+    [(given, made)] = inputs
+    hidden = mlp.c_fc(given)  # type: ignore[union-attr]
+    expected = hidden * torch.sigmoid(1.702 * hidden) if quick else nn.functional.gelu(hidden)
+    torch.testing.assert_close(made, mlp.c_proj(expected))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_cfg": {**TINY_CLIP["model_cfg"]["vision_cfg"], "image_size": -1}}, "model|weights"),
+        ({"preprocess_cfg": {"mean": [0.5, 0.5], "std": [1, 1, 1]}}, "model: expected three numbers as the mean in"),
+        ({"preprocess_cfg": {"mean": [0.5, 0.5, "x"], "std": [1, 1, 1]}}, "model: expected three numbers as the mean"),
+    ],
+)
+def test_odd_settings_of_a_folder_are_one_line(
+    clip_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = {**TINY_CLIP, **{key: value for key, value in changes.items() if key != "vision_cfg"}}
+    config["model_cfg"] = {**TINY_CLIP["model_cfg"], **{k: v for k, v in changes.items() if k == "vision_cfg"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "open_clip_model.safetensors").write_bytes((clip_folder / "open_clip_model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=message) as caught:
+        open_clip_encoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_text_prototypes_are_mean_directions_of_the_prompts(clip_folder: Path) -> None:
@@ -231,9 +298,9 @@ def test_weights_that_cannot_be_fetched_are_named_in_one_line(monkeypatch: pytes
     monkeypatch.setattr("open_clip.factory.download_pretrained", unreachable)
     monkeypatch.setattr(weights_module, "_hub_answers", lambda: True)
     with pytest.raises(
-        InputError, match=r"weights: those of ViT-L-14 \(openai\) cannot be had here: .*no route"
+        InputError, match=r"weights: those of ViT-L-14-quickgelu \(openai\) cannot be had here: .*no route"
     ) as caught:
-        open_clip_encoder("ViT-L-14", "openai")
+        open_clip_encoder("ViT-L-14-quickgelu", "openai")
     assert "\n" not in str(caught.value)
     assert "timm/vit_large_patch14_clip_224.openai" in str(caught.value)
     assert "give its path as `weights`" in str(caught.value)
@@ -251,7 +318,7 @@ def test_without_a_network_the_cache_is_asked_and_one_line_says_so(
     levels = [logging.getLogger(name).level for name in ("", "huggingface_hub")]
     for make, source in (
         (lambda: timm_encoder("test_resnet.r160_in1k"), "test_resnet.r160_in1k"),
-        (lambda: open_clip_encoder("ViT-L-14", "openai"), r"ViT-L-14 \(openai\)"),
+        (lambda: open_clip_encoder("ViT-L-14-quickgelu", "openai"), r"ViT-L-14-quickgelu \(openai\)"),
         (lambda: open_clip_encoder("hf-hub:somebody/something"), "hf-hub:somebody/something"),
     ):
         requests.clear()

@@ -360,7 +360,7 @@ def test_bad_folders_are_one_clear_line(
 @pytest.mark.parametrize(
     ("text", "classes"),
     [
-        ("- cat\n- 7\n", {"cat": "cat", "7": "7"}),
+        ("- cat\n- 007\n- no\n- 12:30\n", {one: one for one in ("cat", "007", "no", "12:30")}),
         ("n01: tabby cat\nn02: dog\n", {"n01": "tabby cat", "n02": "dog"}),
     ],
 )
@@ -369,7 +369,10 @@ def test_classes_with_and_without_what_prompts_say(tmp_path: Path, text: str, cl
     assert read_classes(tmp_path / "classes.yaml") == classes
 
 
-@pytest.mark.parametrize("text", ["[yes]", "cat", "[]", "- ../up\n", "- a\n- a\n", "{a: [1]}", "- [", "- ''\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["cat", "&a [b]: *a", "- &a [b]\n- *a\n", "- [[a]]", "[]", "- ../up\n", "- a\n- a\n", "{a: [1]}", "- [", "- ''\n"],
+)
 def test_classes_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "classes.yaml").write_text(text)
     with pytest.raises(InputError, match="classes"):

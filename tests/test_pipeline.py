@@ -336,11 +336,11 @@ def test_encoders_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     for name in ("open_clip_encoder", "timm_encoder"):
         monkeypatch.setattr(encoders, name, lambda *arguments, device: asked.append((*arguments, device)))
-    for name in ("open_clip:ViT-L-14/openai", "open_clip:hf-hub:a/b", "timm:resnet18.a1_in1k"):
+    for name in ("open_clip:ViT-L-14-quickgelu/openai", "open_clip:hf-hub:a/b", "timm:resnet18.a1_in1k"):
         encoder_by_name(name)
     encoder_by_name("timm:resnet18", "w.safetensors", device="cuda")
     assert asked == [
-        ("ViT-L-14", "openai", "cpu"),
+        ("ViT-L-14-quickgelu", "openai", "cpu"),
         ("hf-hub:a/b", None, "cpu"),
         ("resnet18.a1_in1k", None, "cpu"),
         ("resnet18", "w.safetensors", "cuda"),

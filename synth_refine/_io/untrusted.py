@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import math
 import os
 import pickle
@@ -14,6 +15,7 @@ import zipfile
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from synth_refine._io.check import InputError
@@ -86,6 +88,56 @@ def open_plain(name: str, path: str | os.PathLike[str]) -> BinaryIO:
         raise error if isinstance(error, InputError) else InputError(f"{name}: {error}: {path!r}") from error
     except OSError as error:
         raise InputError(f"{name}: cannot be read, {error.strerror or error}: {path}") from error
+
+
+def read_json(name: str, path: str | os.PathLike[str], most_bytes: int = 1 << 24) -> Any:
+    """The content of a .json file, of bounded size and depth.
+
+    Raises:
+        InputError: No such file, too large, or no JSON.
+    """
+    with open_plain(name, path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise InputError(f"{name}: expected at most {most_bytes} bytes of JSON in {path}, got more")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: {path} is no JSON: {str(error)[:100]}") from error
+
+
+def read_yaml(name: str, path: str | os.PathLike[str], *, text: bool = False, most_bytes: int = 1 << 22) -> Any:
+    """The content of a .yaml file of plain values, without aliases, which can stand for any number of values.
+
+    With `text` every value stays the text that it is written as: 007, no and 12:30 are names.
+
+    Raises:
+        InputError: No such file, too large, no YAML, or an alias in it.
+    """
+    with open_plain(name, path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise InputError(f"{name}: expected at most {most_bytes} bytes of YAML in {path}, got more")
+    try:
+        loader = (_Text if text else _Plain)(data)
+        return loader.get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{name}: {path} is no YAML: {' '.join(str(error).split())[:160]}") from error
+
+
+class _NoAliases(yaml.composer.Composer):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            raise yaml.YAMLError("it has an alias (*name), which is not read")
+        return super().compose_node(parent, index)
+
+
+class _Plain(_NoAliases, yaml.SafeLoader):
+    pass
+
+
+class _Text(_NoAliases, yaml.BaseLoader):
+    pass
 
 
 def read_npy(name: str, path: str | os.PathLike[str], kinds: str = "iuf") -> NDArray[Any]:

@@ -111,10 +111,7 @@ def fitted(image: Image.Image, preprocess: Preprocess | None) -> Image.Image:
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
     if (image.height, image.width) == (height, width):
         return image
-    target = (width, height)
-    if preprocess.crop:  # the longer side is rounded down, as in torchvision's Resize
-        scale = max(height / image.height, width / image.width)
-        target = (max(width, int(image.width * scale)), max(height, int(image.height * scale)))
-    image = image.resize(target, filters[preprocess.interpolation])
-    left, top = round((target[0] - width) / 2), round((target[1] - height) / 2)
+    rows, columns = preprocess.resized(image.height, image.width)
+    image = image.resize((columns, rows), filters[preprocess.interpolation])
+    left, top = round((columns - width) / 2), round((rows - height) / 2)
     return image.crop((left, top, left + width, top + height))

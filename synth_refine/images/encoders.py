@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from synth_refine._io.check import InputError, check_array
+from synth_refine.images.foreign import check_model_folder, fetch_settings
 from synth_refine.images.weights import _unfetched, _weights_in, hub_or_cache, load_weights
+
+DEFAULT = "open_clip:ViT-L-14-quickgelu/openai"  # the paper's, see `encoder_by_name`
+MOST_SIDE = 4096  # pixels that an encoder may ask for
 
 TEMPLATES = ("A photo of {}.", "a photo of a {}.", "a picture of a {}.", "a blurry photo of a {}.")
 """Prompts that text prototypes are averaged over; {} is the class name."""
@@ -67,15 +72,24 @@ class Preprocess:
         pixels = images.float() / 255
         if self.size is not None and self.size != tuple(pixels.shape[2:]):
             height, width = self.size
-            target = self.size
-            if self.crop:  # the longer side is rounded down, as in torchvision's Resize
-                scale = max(height / pixels.shape[2], width / pixels.shape[3])
-                target = (max(height, int(pixels.shape[2] * scale)), max(width, int(pixels.shape[3] * scale)))
+            target = self.resized(pixels.shape[2], pixels.shape[3])
             pixels = F.interpolate(pixels, target, mode=self.interpolation, antialias=True, align_corners=False)
             top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
-            pixels = pixels[:, :, top : top + height, left : left + width].clamp(0, 1)
+            pixels = pixels[:, :, top : top + height, left : left + width]
+            pixels = pixels.mul_(255).round_().clamp_(0, 255) / 255  # to whole grey levels, as pictures are resized
         mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
+
+    def resized(self, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width before the crop; the longer side is rounded down, as in torchvision's Resize."""
+        if self.size is None:
+            return rows, columns
+        height, width = self.size
+        if not self.crop:
+            return self.size
+        if height * columns >= width * rows:  # the height decides
+            return height, max(width, height * columns // rows)
+        return max(height, width * rows // columns), width
 
 
 class TorchEncoder:
@@ -202,14 +216,16 @@ def open_clip_encoder(
     """Any model of open_clip.
 
     Args:
-        model: A name that open_clip knows, such as "ViT-L-14", "hf-hub:organisation/name", or a local folder with
-            open_clip_config.json and weights, with or without "local-dir:" in front.
+        model: A name that open_clip knows, such as "ViT-L-14-quickgelu", "hf-hub:organisation/name", or a local folder
+            with open_clip_config.json and weights, with or without "local-dir:" in front.
         weights: A tag of open_clip's, such as "openai", which may be downloaded, or a local file of weights. None is
-            for folders and hub names, which have their own.
+            for folders and hub names, which have their own. A file does not say which activation it was trained with:
+            the model's name does, and that of OpenAI's weights ends in "-quickgelu".
         device: Where it computes.
 
     Raises:
-        InputError: No such model, weights that are neither there nor to be fetched, or that do not fit.
+        InputError: No such model, weights that are neither there nor to be fetched, that do not fit, or that were
+            trained with another activation; or settings that ask to run code.
     """
     try:
         import open_clip  # type: ignore[import-untyped]
@@ -217,14 +233,20 @@ def open_clip_encoder(
         raise ImportError("CLIP encoders need open_clip: pip install open_clip_torch") from error
     folder = Path(model.removeprefix("local-dir:"))
     is_folder = model.startswith("local-dir:") or (folder / "open_clip_config.json").is_file()
+    on_hub = model.startswith("hf-hub:")
     name = f"local-dir:{folder}" if is_folder else model
     file = Path(weights) if weights is not None and Path(weights).exists() else None
-    if is_folder and file is None:
-        file = _weights_in(folder)
-    if file is None and weights is None and not model.startswith("hf-hub:"):
+    if is_folder:
+        check_model_folder("model", folder)
+        file = file or _weights_in(folder)
+    if file is None and weights is None and not on_hub:
         raise InputError(f"weights: expected a tag or a file for {model!r}, got none")
+    if file is None and weights is not None and not is_folder and not on_hub:
+        check_activation(model, str(weights), open_clip.get_model_config(model), open_clip.get_pretrained_cfg)
     try:
-        with hub_or_cache(model.startswith("hf-hub:") or (file is None and not is_folder)):
+        with hub_or_cache(on_hub or (file is None and not is_folder)):
+            if on_hub:
+                fetch_settings("model", model.removeprefix("hf-hub:"))
             network = open_clip.create_model(
                 name,
                 None if file or is_folder else weights,
@@ -234,23 +256,61 @@ def open_clip_encoder(
                 device="cpu",
             )
             tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # a hub client may raise anything
+            settings = open_clip.get_model_preprocess_cfg(network)
+    except InputError:
+        raise
+    except Exception as error:  # a hub client may raise anything, and so may a network of odd settings
         raise InputError(_unfetched(model, weights, error)) from error
     if file is not None:
         load_weights(network, file, open_clip.load_checkpoint)
-    settings = open_clip.get_model_preprocess_cfg(network)
+    preprocess = _clip_preprocess(model, settings)
+    label = folder.name if is_folder else f"{model} {weights if file is None else file.name}"
+    return ClipEncoder(label, network.to(device), preprocess, tokenizer)
+
+
+def check_activation(model: str, tag: str, config: Any, tags: Callable[[str, str], Any]) -> None:
+    """Refuse weights that were trained with another activation than the network has.
+
+    Args:
+        model: A name of open_clip's.
+        tag: Of its weights.
+        config: What the library knows of the model; None where it knows none.
+        tags: What it knows of a tag.
+
+    Raises:
+        InputError: GELU and QuickGELU do not agree, with the name that does.
+    """
+    known = tags(model, tag)
+    if config is None or not known or bool(known.get("quick_gelu")) == bool(config.get("quick_gelu")):
+        return
+    other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
+    kinds = ("GELU", "QuickGELU")
+    raise InputError(
+        f"model: the weights {tag!r} were trained with {kinds[bool(known.get('quick_gelu'))]}, but {model} computes "
+        f"with {kinds[bool(config.get('quick_gelu'))]}; take {other}"
+    )
+
+
+def _clip_preprocess(model: str, settings: Mapping[str, Any]) -> Preprocess:
+    """What open_clip's settings ask for, checked."""
     size = settings.get("size", 224)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    mean, std = (settings.get(name) for name in ("mean", "std"))
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MOST_SIDE for side in sides):
+        raise InputError(f"model: expected an image size from 1 to {MOST_SIDE} in {model!r}, got {size!r}")
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = values if isinstance(values, list | tuple) else ()
+        if len(numbers) != 3 or not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+            raise InputError(f"model: expected three numbers as the {name} in {model!r}, got {values!r}")
     if settings.get("resize_mode", "shortest") not in ("shortest", "squash"):
         raise InputError(f"model: {model!r} pads its images, which is not supported")
-    preprocess = Preprocess(
-        (size, size) if isinstance(size, int) else (size[0], size[1]),
+    return Preprocess(
+        (sides[0], sides[1]),
         settings.get("resize_mode", "shortest") == "shortest",
         tuple(settings["mean"]),
         tuple(settings["std"]),
         "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic",
     )
-    label = folder.name if is_folder else f"{model} {weights if file is None else file.name}"
-    return ClipEncoder(label, network.to(device), preprocess, tokenizer)
 
 
 def timm_encoder(model: str, weights: Path | str | None = None, *, device: torch.device | str = "cpu") -> TorchEncoder:
@@ -292,8 +352,8 @@ def encoder_by_name(name: str, weights: Path | str | None = None, *, device: tor
     """An encoder from one text, as command lines and configs have it.
 
     Args:
-        name: "open_clip:MODEL" or "open_clip:MODEL/TAG", such as "open_clip:ViT-L-14/openai"; "timm:MODEL"; or a
-            local folder with open_clip_config.json and weights, such as benchmarks/glyph_clip.
+        name: "open_clip:MODEL" or "open_clip:MODEL/TAG", such as "open_clip:ViT-L-14-quickgelu/openai"; "timm:MODEL";
+            or a local folder with open_clip_config.json and weights, such as benchmarks/glyph_clip.
         weights: A local file of weights for the model.
         device: Where it computes.
 

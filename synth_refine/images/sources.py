@@ -13,13 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
 from synth_refine._io.check import InputError, check_folder_name
 from synth_refine._io.csv import check_unique, read_csv
-from synth_refine._io.untrusted import open_plain
+from synth_refine._io.untrusted import open_plain, read_yaml
 from synth_refine.images.decode import SUFFIXES, decode
 from synth_refine.images.readers import Files, HubRows, ParquetRows, Reader, TarMembers
 
@@ -363,22 +362,17 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         InputError: No such file, or something else in it.
     """
-    with open_plain("classes", path) as file:
-        data = file.read()
-    try:
-        content = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"classes: {path} is no YAML: {' '.join(str(error).split())[:160]}") from error
+    content = read_yaml("classes", path, text=True)
     pairs = [(one, one) for one in content] if isinstance(content, list) else content
     pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
     if not isinstance(pairs, list) or not pairs:
         raise InputError(f"classes: expected a list of names, or names with what prompts call them, in {path}")
     for name, text in pairs:
         for part in (name, text):
-            if not isinstance(part, str | int) or isinstance(part, bool) or not str(part).strip():
-                raise InputError(f"classes: expected text in {path}, got {part!r}; put it in quotes")
-    names = [str(name) for name, _ in pairs]
+            if not isinstance(part, str) or not part.strip():
+                raise InputError(f"classes: expected text in {path}, got {str(part)[:80]!r}")
+    names = [name for name, _ in pairs]
     check_unique(f"classes in {path}", names)
     for name in names:
         check_folder_name(f"classes in {path}", name)
-    return dict(zip(names, (str(text) for _, text in pairs), strict=True))
+    return dict(zip(names, (text for _, text in pairs), strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from synth_refine._io.check import InputError
 from synth_refine._io.untrusted import open_plain, what_is
+from synth_refine.images.foreign import no_foreign_code
 
 CONNECT_SECONDS = 5  # until the hub counts as unreachable
 
@@ -101,6 +102,8 @@ def _weights_in(folder: Path) -> Path:
 def hub_or_cache(asked: bool) -> Iterator[None]:
     """Let a library load from the Hugging Face hub, or from the cache alone where the hub cannot be reached.
 
+    No code of a model is run meanwhile; see `no_foreign_code`.
+
     It would try for a minute, with a warning for every attempt; those are kept away, and those about "no weights" for
     weights that are loaded a line later. What goes wrong is raised in any case.
 
@@ -116,7 +119,8 @@ def hub_or_cache(asked: bool) -> Iterator[None]:
     try:
         # The same as the environment variable of this name, which is read once, before anybody can know.
         constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or (asked and not _hub_answers())
-        yield
+        with no_foreign_code():
+            yield
     finally:
         levels, constants.HF_HUB_OFFLINE = before
         for logger, level in zip(loggers, levels, strict=True):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from synth_refine._io.atomic import file_hash
 from synth_refine._io.check import InputError
+from synth_refine.images.foreign import check_model_folder, fetch_settings
 from synth_refine.images.weights import UNREACHABLE, hub_or_cache, not_in_cache
 from synth_refine.synthetic.glyphs import _check_least
 from synth_refine.synthetic.jobs import Job
@@ -76,16 +77,20 @@ class TextToImage:
             raise ImportError("text-to-image needs transformers: pip install 'synth-refine[generate]'") from error
         folder = Path(self.model)
         try:
-            if folder.is_dir():
-                revision = _folder_hash(folder)
-            else:
-                with hub_or_cache(True):
+            with hub_or_cache(not folder.is_dir()):
+                if folder.is_dir():
+                    check_model_folder("model", folder)
+                    revision = _folder_hash(folder)
+                else:
+                    fetch_settings("model", self.model, self.revision)
                     fetched = DiffusionPipeline.download(
                         self.model, revision=self.revision, variant=self.variant, use_safetensors=True
                     )
-                folder, revision = Path(fetched), Path(fetched).name
-            automatic: Any = AutoPipelineForText2Image
-            pipeline = automatic.from_pretrained(folder, variant=self.variant, use_safetensors=True)
+                    folder, revision = Path(fetched), Path(fetched).name
+                automatic: Any = AutoPipelineForText2Image
+                pipeline = automatic.from_pretrained(folder, variant=self.variant, use_safetensors=True)
+        except InputError:
+            raise
         except Exception as error:  # a hub client may raise anything
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             text = UNREACHABLE if not_in_cache(error) else first
