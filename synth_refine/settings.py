@@ -284,7 +284,9 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
     """
     entries: dict[str, Any] = {}
     if config is not None:
-        content = _read_yaml(config)
+        from synth_refine._io.untrusted import read_yaml  # which takes NumPy
+
+        content = read_yaml("config", config)
         if not isinstance(content, dict):
             raise InputError(f"config: expected a mapping of names to values in {config}, got {shorten(content)}")
         entries = {name: value for name, value in content.items() if value is not None}
@@ -296,19 +298,6 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
     check_entries(command, entries, config or "")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in entries.items()}
     return Settings(**values)
-
-
-def _read_yaml(path: str) -> object:
-    import yaml
-
-    from synth_refine._io.untrusted import open_plain
-
-    with open_plain("config", path) as file:
-        data = file.read()
-    try:
-        return yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())[:160]}") from error
 
 
 def resolved(entries: Mapping[str, Any]) -> dict[str, Any]:
