@@ -33,7 +33,7 @@ from synth_refine._io.atomic import check_folder, file_hash, locked
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
-from synth_refine._io.store import Store, open_store
+from synth_refine._io.store import Store, check_settings, open_store
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
@@ -120,8 +120,9 @@ def run(
     about = {**used, "class_names": list(images.classes), "encoder_id": encoder.id}
     about |= {name: file_hash(used[name]) for name in ("logits", "text_prototypes") if used.get(name)}
     if dry_run:
+        check_settings(Path(settings.out), about, RESUMABLE, "out")
         if drawer is not None:
-            drawer.load()
+            drawer.load()  # is the model there?
         return {**used, "class_names": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out).absolute()  # results are the same from any working directory
     with open_store(out, about, resumable=RESUMABLE) as store:

@@ -163,7 +163,8 @@ def test_a_saved_config_runs_again_and_options_come_first(
     shutil.rmtree(source / "out")
     assert cli.main(["run", "--config", "again.yaml"]) == 0
     assert content(source / "out") == expected
-    assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto"]) == 3
+    for more in ([], ["--dry-run"]):
+        assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto", *more]) == 3
     assert 'got another threshold: "auto" for 0.4' in capsys.readouterr().err
     assert content(source / "out") == expected
     assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto", "--out", "other"]) == 0
@@ -232,13 +233,22 @@ def test_foreign_folders_are_refused(source: Path, monkeypatch: pytest.MonkeyPat
         run(replace(settings, out="photos/result"))
 
 
-def test_dry_run_checks_and_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_checks_and_writes_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = content(source)
     command = f"run photos --out out --model glyphs --encoder {GLYPH_CLIP} --dry-run --json"
     assert cli.main(command.split()) == 0
     assert json.loads(capsys.readouterr().out)["count"] == COUNT
     assert content(source) == before
     assert cli.main([*command.split(), "--classes", "missing.yaml"]) == 3
+    (source / "out").mkdir()
+    (source / "out" / "mine.txt").touch()
+    assert cli.main(command.split()) == 3
+    assert "out: expected a new or empty folder" in capsys.readouterr().err
+    monkeypatch.setattr(Glyphs, "load", lambda _: (_ for _ in ()).throw(InputError("model: not here")))
+    assert cli.main([*command.split(), "--out", "other"]) == 3
+    assert "model: not here" in capsys.readouterr().err
 
 
 def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
