@@ -59,10 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command += ["--weights", options.weights] if options.weights else []
     _call("run", f"{root}/images", "--classes", f"{root}/classes.yaml", "--out", f"{root}/result", *command)
     accepted = _accept(root)
-    artifact, decisions = f"{root}/result/refined", ["--decisions", str(accepted)]
-    _call("apply", artifact, "--images", f"{root}/images", "--out", f"{root}/cleaner", *decisions)
-    _call("revert", artifact, "--images", f"{root}/cleaner", "--out", f"{root}/again", *decisions)
+    reviewed = f"{root}/reviewed"
+    _call("review", f"{root}/result/refined", str(accepted), "--out", reviewed)
+    _call("apply", reviewed, "--images", f"{root}/images", "--out", f"{root}/cleaner")
+    _call("revert", reviewed, "--images", f"{root}/cleaner", "--out", f"{root}/again")
     summary = json.loads((root / "result" / "summary.json").read_bytes())
+    estimates = ("agreement", "domain_gap", "synthetic_accuracy", "noise_before", "noise_after", "wrong_changes")
     row = {
         "dataset": options.dataset,
         "encoder": options.encoder,
@@ -70,12 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threshold": options.threshold,
         "images": summary["count"],
         "changed": summary["changed"],
-        "undecided": summary["abstained"],
+        "abstained": summary["abstained"],
         "wrong_before": _wrong(root / "images", truth),
         "wrong_after": _wrong(root / "cleaner", truth),
         "reverted": _same(root / "images", root / "again"),
     }
-    record = {"benchmark": "from_folder", "environment": environment(), "rows": [row], "notes": summary["notes"]}
+    notes = {name: summary[name] for name in (*estimates, "decision", "warnings")}
+    record = {"benchmark": "from_folder", "environment": environment(), "rows": [row], "notes": notes}
     write_record(options.out / f"from_folder_{digest(record)}.json", record)
     print(json.dumps(row, indent=1))
     return 0

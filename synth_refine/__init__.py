@@ -6,24 +6,42 @@ from typing import TYPE_CHECKING
 from synth_refine._io.error import InputError
 
 if TYPE_CHECKING:
+    from synth_refine.labels.artifact import Artifact, read_artifact
+    from synth_refine.labels.export import export
+    from synth_refine.labels.inject import inject, verify
     from synth_refine.refine.anchored import refine_anchored
     from synth_refine.refine.paper import refine_labels
     from synth_refine.refine.prototypes import class_prototypes
     from synth_refine.refine.result import Refinement
 
-__all__ = ["InputError", "Refinement", "class_prototypes", "refine_anchored", "refine_labels"]
+__all__ = [
+    "Artifact",
+    "InputError",
+    "Refinement",
+    "class_prototypes",
+    "export",
+    "inject",
+    "read_artifact",
+    "refine_anchored",
+    "refine_labels",
+    "verify",
+]
 __version__ = "0.1.0"
 
-_MODULES = {
-    "Refinement": "refine.result",
-    "class_prototypes": "refine.prototypes",
-    "refine_anchored": "refine.anchored",
-    "refine_labels": "refine.paper",
+_PLACES = {
+    "refine.paper": ("refine_labels",),
+    "refine.anchored": ("refine_anchored",),
+    "refine.prototypes": ("class_prototypes",),
+    "refine.result": ("Refinement",),
+    "labels.artifact": ("Artifact", "read_artifact"),
+    "labels.export": ("export",),
+    "labels.inject": ("inject", "verify"),
 }
 
 
 def __getattr__(name: str) -> object:
-    """Import what needs torch, which takes seconds, where it is asked for."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    """Import what needs torch, which takes seconds, when it is asked for."""
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

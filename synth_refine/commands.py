@@ -1,16 +1,16 @@
-"""What each command does. Importing this takes seconds, so that `synth_refine.cli` does it for a valid call only."""
+"""Run one command and return its exit code. Importing this takes seconds; `cli` does it for valid calls alone."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import sys
 import tempfile
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,17 @@ from numpy.typing import NDArray
 
 from synth_refine import pipeline
 from synth_refine._io.atomic import check_folder, file_hash
-from synth_refine._io.check import InputError, check_array, check_threshold, check_turned
+from synth_refine._io.check import InputError, check_array, check_turned
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.untrusted import read_npy
-from synth_refine.cli import FINE
 from synth_refine.images.sources import read_classes
 from synth_refine.labels.artifact import (
     Artifact,
     Damaged,
     WrongBase,
     WrongIds,
+    check_free,
     read_artifact,
-    record,
     versions,
     write_artifact,
 )
@@ -38,252 +37,182 @@ from synth_refine.labels.export import export
 from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
-from synth_refine.refine.anchored import anchored_posterior
-from synth_refine.refine.checks import agreement_doubt, check_row_order, prototype_classes
-from synth_refine.refine.decide import REASONS, Answer, decide
-from synth_refine.refine.paper import refine_labels
-from synth_refine.scale.anchored import anchored_shards
+from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
-from synth_refine.scale.tables import SHARD_ROWS, shards_sample
+from synth_refine.scale.tables import shards_sample
+from synth_refine.settings import Settings, read_settings
 
-PROBLEM = 1
-ORDER_ROWS = 50_000  # images that are compared with the prototypes, to tell whether labels stand in their order
-
-
-def _settings(options: argparse.Namespace) -> pipeline.Settings:
-    """What the options say, over what the config says."""
-    entries = pipeline.read_config(options.config) if getattr(options, "config", None) else {}
-    names = [one.name for one in fields(pipeline.Settings)]
-    entries |= {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    for name, shown in (("images", "IMAGES"), ("out", "--out FOLDER")):
-        if name not in entries:
-            options.usage(f"the following arguments are required, here or in the config: {shown}")
-    return pipeline.Settings(**entries)
+FINE, PROBLEM = 0, 1
+SAMPLE_ROWS = 50_000  # images of many shards that are looked at before the work
 
 
-def _announced(settings: pipeline.Settings) -> pipeline.Settings:
+def _run(options: Namespace) -> int:
+    settings = _announced(_settings(options))
+    done = pipeline.run(settings, dry_run=options.dry_run, say=_say)
+    _tell(options, done)
+    if isinstance(done, pipeline.Summary):
+        _say(f"next: open {done.report}, decide, export decisions.csv; then")
+        for step in (
+            f"review {done.artifact} decisions.csv --out reviewed",
+            f"apply reviewed --images {settings.images} --out cleaner",
+            "export reviewed --format csv --out labels.csv",
+        ):
+            _say(f"  synth-refine {step}")
+    return FINE
+
+
+def _tell(options: Namespace, result: pipeline.Summary | dict[str, Any]) -> None:
+    """The result as JSON, or as lines for people."""
+    known = asdict(result) if isinstance(result, pipeline.Summary) else result
+    if options.json:
+        _show(known)
+        return
+    lines = result.lines() if isinstance(result, pipeline.Summary) else known
+    print("\n".join(f"{name}: {value}" for name, value in lines.items()))
+
+
+def _settings(options: Namespace) -> Settings:
+    return read_settings(options.command, vars(options), getattr(options, "config", None))
+
+
+def _announced(settings: Settings) -> Settings:
     """The same, after a word on where the encoder comes from: it may be large and take its time to come."""
     if settings.weights is None and not Path(settings.encoder).exists():
         _say(f"{settings.encoder} is taken from this machine or else from its hub; HF_HUB_OFFLINE=1 never asks a hub")
     return settings
 
 
-def _run(options: argparse.Namespace) -> int:
-    return _tell(options, pipeline.run(_announced(_settings(options)), dry_run=options.dry_run))
-
-
-def _report(options: argparse.Namespace) -> int:
-    entries = pipeline.read_config(str(Path(options.folder) / "config.yaml"))
-    return _tell(options, pipeline.run(pipeline.Settings(**{**entries, "out": options.folder})))
-
-
-def _tell(options: argparse.Namespace, done: pipeline.Summary | dict[str, Any]) -> int:
-    result = done if isinstance(done, dict) else asdict(done)
-    if options.json:
-        _show(result)
-    else:
-        notes = result.pop("notes", {})
-        print("\n".join(f"{name}: {value}" for name, value in {**result, **notes}.items()))
+def _report(options: Namespace) -> int:
+    config = str(Path(options.folder) / "config.yaml")
+    _tell(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config)))
     return FINE
 
 
-def _generate(options: argparse.Namespace) -> int:
-    options.images = ""
-    check_folder("out", _settings(options).out)
-    manifest = pipeline.generate(_settings(options), read_classes(options.classes))
+def _generate(options: Namespace) -> int:
+    manifest = pipeline.generate(_settings(options))
     _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
     return FINE
 
 
-def _embed(options: argparse.Namespace) -> int:
+def _embed(options: Namespace) -> int:
     _show(pipeline.embed(_announced(_settings(options))))
     return FINE
 
 
-def _refine(options: argparse.Namespace) -> int:
-    check_folder("out", options.out)
-    features = read_npy("features", options.features, "f")
+def _refine(options: Namespace) -> int:
+    settings = _settings(options)
+    check_folder("out", settings.out)
+    features = read_npy("features", settings.features, "f")
     check_array("features", features, ("N", "D"))
-    given, ids = read_labels_and_ids(options.given, key=options.key)
+    given, ids = read_labels_and_ids(settings.given, key=settings.key)
     check_turned("features", features, len(given))
-    method = _paper if options.refiner == "paper" else _anchored
-    files = ["features", "given", *(("logits", "prototypes") if method is _paper else ("anchors", "anchor_labels"))]
-    artifact = record(
-        given.astype(_dtype(options.given)),
-        **method(options, features, given),
+    inputs = _arrays(settings)
+    if settings.logits:
+        inputs["logits"] = read_npy("logits", settings.logits, "f")
+    named = _class_names(settings, inputs)
+    result = pipeline.refine_arrays(features, given, settings, _say, **inputs)
+    artifact = result.record(
+        given.astype(_dtype(settings.given)),
         ids=ids,
-        inputs={name: file_hash(getattr(options, name)) for name in files} | {"encoder": options.encoder},
+        inputs=_hashes(settings),
+        settings=pipeline.recorded(settings, "refine", result) | named,
     )
-    lost = np.setdiff1d(artifact.given, artifact.labels)
-    if lost.size:
+    if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
-    if (Path(options.out) / "run.json").exists():
-        there = read_artifact(options.out).run
-        if any(there.get(name) != value for name, value in artifact.run.items() if name != "versions"):
-            raise InputError(
-                f"out: {options.out} holds the artifact of other settings or inputs, without which what it was applied "
-                "to cannot be reverted; choose another folder, or delete that one"
-            )
-    if not options.dry_run:
-        write_artifact(options.out, artifact)
-    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact)})
-    return FINE
+    return _keep(options, artifact, pipeline.estimates_of(result))
 
 
-def _paper(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
-    """What the paper's rule decides, as arguments of `record`."""
-    check_threshold(options.threshold)
-    logits, prototypes = (read_npy(name, getattr(options, name), "f") for name in ("logits", "prototypes"))
-    if logits.shape[:1] == given.shape:  # the two against the features, which are then at fault
-        check_array("features", features, (len(given), "D"))
-    check_array("logits", logits, (len(features), "C"))
-    check_array("given", given, (len(features),))
-    named = _class_names(options, logits.shape[1])
-    decision = refine_labels(
-        features, logits, prototypes, options.threshold, weight=options.weight, strict=options.strict
-    )
-    some = slice(None, None, -(-len(given) // ORDER_ROWS) or 1)
-    nearest = prototype_classes(features[some], prototypes, np.arange(len(prototypes)), len(prototypes))
-    _doubt(given[some], nearest, len(prototypes))
-    undecided = np.asarray(decision.labels) < 0
-    return {
-        "labels": decision.apply(given),
-        "num_classes": logits.shape[1],
-        "abstained": undecided,
-        "confidence": decision.confidence,
-        "reason": np.where(undecided, "cannot be scored", "score reaches the threshold"),
-        "settings": {"refiner": "paper", "threshold": options.threshold, "weight": options.weight, **named},
-    }
+def _arrays(settings: Settings) -> dict[str, Any]:
+    """What refines besides features, given labels and logits, as arrays by name."""
+    names = ("prototypes", "text_prototypes", "head")
+    found: dict[str, Any] = {name: read_npy(name, path, "f") for name in names if (path := getattr(settings, name))}
+    if settings.synthetic_features and settings.synthetic_labels:
+        features = read_npy("synthetic_features", settings.synthetic_features, "f")
+        labels = read_labels(settings.synthetic_labels)
+        check_array("synthetic_features", features, ("M", "D"))
+        check_array("synthetic_labels", labels, (len(features),))
+        usable = np.isfinite(features).all(axis=1)
+        if not usable.all():  # `embed` gives such features to images that it cannot decode
+            _say(f"{(~usable).sum()} of {len(usable)} synthetic images are left out: their features are not finite")
+        count = int(labels.max()) + 1 if len(labels) else 0
+        found |= {"synthetic_features": features[usable], "synthetic_labels": labels[usable], "num_classes": count}
+    return found
 
 
-def _anchored(options: argparse.Namespace, features: NDArray[Any], given: NDArray[np.int64]) -> dict[str, Any]:
-    """What the anchored refiner decides, as arguments of `record`."""
-    check_array("given", given, (len(features),))
-    anchors, anchor_labels, num_classes = _read_anchors(options)
-    check_array("anchors", anchors, ("M", features.shape[1]))
-    named = _class_names(options, num_classes)
-    nearest = prototype_classes(features, anchors, anchor_labels, num_classes)
-    check_row_order(given, nearest, num_classes)
-    _doubt(given, nearest, num_classes)
-    posterior = anchored_posterior(
-        features,
-        given,
-        anchors,
-        anchor_labels,
-        num_classes=num_classes,
-        seed=options.seed,
-        progress=sys.stderr.isatty(),
-    )
-    decision = decide(posterior, given, force=options.force)
-    _say(decision.summary())
-    best = np.sort(np.asarray(posterior.posterior), axis=1)
-    return {
-        "labels": decision.apply(given),
-        "num_classes": num_classes,
-        "abstained": np.asarray(decision.answers) == Answer.ABSTAIN,
-        "confidence": best[:, -1],
-        "margin": best[:, -1] - best[:, -2] if num_classes > 1 else best[:, -1],
-        "reason": np.array(REASONS)[np.asarray(decision.reasons)],
-        "settings": {"refiner": "anchored", "seed": options.seed, "force": options.force, **named},
-    }
+def _hashes(settings: Settings) -> dict[str, str]:
+    """The hash of every file that a refinement depends on."""
+    names = ("features", "given", "synthetic_features", "synthetic_labels", "prototypes", "logits", "text_prototypes")
+    return {name: file_hash(path) for name in names if (path := getattr(settings, name))}
 
 
-def _class_names(options: argparse.Namespace, count: int) -> dict[str, list[str]]:
+def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, list[str]]:
     """The entry of class names in an artifact's settings, where there are some."""
-    if options.classes is None:
+    if settings.classes is None:
         return {}
-    names = list(read_classes(options.classes))
+    names, count = list(read_classes(settings.classes)), inputs.get("num_classes", len(inputs.get("prototypes", ())))
     if len(names) != count:
-        raise InputError(f"classes: expected {count} names in {options.classes}, got {len(names)}")
+        raise InputError(f"classes: expected {count} names in {settings.classes}, got {len(names)}")
     return {"classes": names}
 
 
-def _read_anchors(options: argparse.Namespace) -> tuple[NDArray[Any], NDArray[np.int64], int]:
-    """Features of the synthetic images that have some, (M, D), the class of each, (M,), and the number of classes."""
-    anchors, anchor_labels = read_npy("anchors", options.anchors, "f"), read_labels(options.anchor_labels)
-    check_array("anchors", anchors, ("M", "D"))
-    check_array("anchor_labels", anchor_labels, (len(anchors),))
-    num_classes = int(anchor_labels.max()) + 1 if len(anchor_labels) else 0
-    fit = np.isfinite(anchors).all(axis=1)
-    if not fit.all():  # `embed` gives such features to images that it cannot decode
-        _say(f"{(~fit).sum()} of {len(fit)} anchors are left out: their features are not finite")
-    return anchors[fit], anchor_labels[fit], num_classes
+def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
+    """Write an artifact, but never over another one."""
+    check_free(options.out, artifact)
+    if not options.dry_run:
+        write_artifact(options.out, artifact)
+    known = {name: one and one.value for name, one in estimates.items()}
+    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
+    return FINE
 
 
-def _scale(options: argparse.Namespace) -> int:
-    shard_rows = SHARD_ROWS if options.shard_rows is None else options.shard_rows
-    if options.refiner == "anchored":
-        anchors, anchor_labels, num_classes = _read_anchors(options)
-        done = anchored_shards(
-            options.features,
-            options.given,
-            anchors,
-            anchor_labels,
-            options.out,
-            num_classes=num_classes,
-            seed=options.seed or 0,
-            shard_rows=shard_rows,
-            progress=sys.stderr.isatty(),
-        )
-        if done.note:
-            _say(f"nothing is changed: {done.note}")
-        _show({"out": options.out, **asdict(done)})
-        return FINE
-    check_threshold(options.threshold)
-    prototypes = read_npy("prototypes", options.prototypes, "f")
+def _scale(options: Namespace) -> int:
+    settings = _settings(options)
+    check_folder("out", settings.out)
+    inputs = pipeline.options_of(settings) | _arrays(settings)
+    head = inputs.pop("head", None)
+    count = inputs.get("num_classes") or len(inputs["prototypes"])
+    given, features = shards_sample(settings.features, settings.given, count, SAMPLE_ROWS)
+    for doubt in pipeline.doubts(features, given, inputs):
+        _say(f"warning: {doubt}")
     summary = refine_shards(
-        options.features,
-        options.given,
-        prototypes,
-        options.threshold,
-        options.out,
-        logits=options.logits,
-        head=None if options.head is None else read_npy("head", options.head, "f"),
-        weight=options.weight,
-        shard_rows=shard_rows,
-        engine=options.engine,
-        address=options.address,
+        settings.features,
+        settings.given,
+        settings.out,
+        logits=settings.logits,
+        head=head,
+        shard_rows=settings.shard_rows,
+        engine=settings.engine,
+        address=settings.address,
         progress=sys.stderr.isatty(),
+        **inputs,
     )
-    given, features = shards_sample(options.features, options.given, len(prototypes), ORDER_ROWS)
-    classes = np.arange(len(prototypes))
-    _doubt(given, prototype_classes(features, prototypes, classes, len(prototypes)), len(prototypes))
-    _show({"out": options.out, **asdict(summary)})
+    _show({"out": settings.out, **asdict(summary)})
     return FINE
 
 
-def _apply(options: argparse.Namespace) -> int:
-    artifact = _reviewed(options)
-    if options.images:
-        return _tree(options, artifact, apply_tree)
-    given, ids = read_labels_and_ids(options.given, key=options.key)
-    return _write(options, artifact, artifact.apply(given, ids), ids)
+def _review(options: Namespace) -> int:
+    check_folder("out", options.out)
+    return _keep(options, reviewed(read_artifact(options.artifact), options.decisions), {})
 
 
-def _revert(options: argparse.Namespace) -> int:
-    artifact = _reviewed(options)
-    if options.images:
-        return _tree(options, artifact, revert_tree)
-    labels, ids = read_labels_and_ids(options.labels, key=options.key)
-    return _write(options, artifact, artifact.revert(labels, ids), ids)
+def _apply(options: Namespace) -> int:
+    return _turn(options, Artifact.apply, apply_tree)
 
 
-def _tree(options: argparse.Namespace, artifact: Artifact, write: Callable[..., Path]) -> int:
-    write(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
-    _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
-    return FINE
+def _revert(options: Namespace) -> int:
+    return _turn(options, Artifact.revert, revert_tree)
 
 
-def _reviewed(options: argparse.Namespace) -> Artifact:
-    """The artifact, or what the decisions of people left of it."""
+def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tree: Callable[..., Path]) -> int:
+    """Write the labels that an artifact turns others into, or a folder of images by them."""
     artifact = read_artifact(options.artifact)
-    return artifact if options.decisions is None else reviewed(artifact, options.decisions)
-
-
-def _write(
-    options: argparse.Namespace, artifact: Artifact, labels: NDArray[np.integer[Any]], ids: list[str] | None
-) -> int:
-    if Path(options.out).exists() and Path(options.out).samefile(getattr(options, "given", None) or options.labels):
+    if options.images:
+        tree(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
+        _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
+        return FINE
+    before, ids = read_labels_and_ids(options.labels, key=options.key)
+    labels = turn(artifact, before.astype(_dtype(options.labels)), ids)  # the type that is written
+    if Path(options.out).exists() and Path(options.out).samefile(options.labels):
         raise InputError(f"out: expected another file than the labels read, got {options.out}")
     names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
     _check_free(options.out, labels, names)
@@ -306,7 +235,7 @@ def _check_free(out: str, labels: NDArray[np.integer[Any]], names: list[str] | N
             raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds something else")
 
 
-def _diff(options: argparse.Namespace) -> int:
+def _diff(options: Namespace) -> int:
     if options.second is None:
         artifact = read_artifact(options.first)
         sys.stdout.write(csv_bytes(artifact.table()).decode())
@@ -329,7 +258,7 @@ def _diff(options: argparse.Namespace) -> int:
     return PROBLEM if len(rows) else FINE
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: Namespace) -> int:
     artifact = read_artifact(options.labels) if Path(options.labels).is_dir() else None
     labels, ids = (artifact, artifact.ids) if artifact is not None else _load(options.labels)
     done = export(
@@ -347,7 +276,7 @@ def _export(options: argparse.Namespace) -> int:
     return FINE
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(options: Namespace) -> int:
     try:
         artifact = read_artifact(options.artifact)
         if options.labels:
@@ -360,7 +289,7 @@ def _verify(options: argparse.Namespace) -> int:
     return FINE
 
 
-def _env(options: argparse.Namespace) -> int:
+def _env(options: Namespace) -> int:
     _show({**versions(), "platform": platform.platform()})
     return FINE
 
@@ -388,26 +317,22 @@ def _show(result: Mapping[str, object]) -> None:
     print(json.dumps({name: None if value != value else value for name, value in result.items()}))
 
 
-def _doubt(given: NDArray[np.int64], nearest: NDArray[np.int64], num_classes: int) -> None:
-    if text := agreement_doubt(given, nearest, num_classes):
-        _say(f"warning: {text}")
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "run": _run,
     "refine": _refine,
     "scale": _scale,
+    "embed": _embed,
+    "generate": _generate,
+    "review": _review,
     "apply": _apply,
     "revert": _revert,
     "diff": _diff,
     "export": _export,
     "verify": _verify,
     "report": _report,
-    "run": _run,
-    "embed": _embed,
-    "generate": _generate,
     "env": _env,
 }

@@ -154,11 +154,22 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> str
 
 def _begin(root: Path, settings: dict[str, Any], resumable: frozenset[str], name: str) -> None:
     """Write the settings down, or refuse those of another run."""
+    check_settings(root, settings, resumable, name)
+    if not (root / "settings.json").exists():
+        write_file(root / "settings.json", _line("settings.json", {"settings": settings}))
+
+
+def check_settings(root: Path, settings: Mapping[str, Any], resumable: frozenset[str], name: str) -> None:
+    """Refuse a folder that was begun with other settings, or holds something else; nothing is written.
+
+    Raises:
+        InputError: As said; the message names what differs.
+    """
     place = root / "settings.json"
     if not place.exists():
-        if other := next((path.name for path in sorted(root.iterdir()) if not path.name.startswith(".")), None):
+        found = sorted(root.iterdir()) if root.is_dir() else []
+        if other := next((path.name for path in found if not path.name.startswith(".")), None):
             raise InputError(f"{name}: expected a new or empty folder, but {root} holds {other}; take another folder")
-        write_file(place, _line("settings.json", {"settings": settings}))
         return
     before = (_checked(place.read_bytes()) or {}).get("settings")
     if not isinstance(before, dict):

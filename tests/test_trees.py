@@ -1,0 +1,113 @@
+"""Folders and tables of images: what an artifact changes in them, and back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from synth_refine import InputError
+from synth_refine._io.csv import read_csv
+from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds, record
+from synth_refine.labels.trees import apply_tree, new_places, revert_tree
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def small(ids: list[str], given: list[int], labels: list[int], kind: str = "folder") -> Artifact:
+    settings = {"classes": ["cat", "dog"], "source": kind}
+    return record(np.array(given), np.array(labels), num_classes=2, ids=ids, settings=settings)
+
+
+def fill(folder: Path, ids: list[str]) -> None:
+    for one in ids:
+        (folder / one).parent.mkdir(parents=True, exist_ok=True)
+        (folder / one).write_bytes(one.encode())
+
+
+def test_no_two_images_meet_in_one_place(tmp_path: Path) -> None:
+    ids = ["cat/1.png", "cat/in/2.png", "dog/1.png", "dog/1~cat.png"]
+    artifact = small(ids, [0, 0, 1, 1], [1, 1, 0, 1])
+    assert new_places(artifact) == ["dog/1~cat~cat.png", "dog/in/2.png", "cat/1~dog.png", "dog/1~cat.png"]
+    fill(tmp_path / "old", ids)
+    for link in (False, True):
+        new, back = tmp_path / f"new{link}", tmp_path / f"back{link}"
+        apply_tree(artifact, tmp_path / "old", new, link=link)
+        assert sorted(content(new)) == sorted(new_places(artifact))
+        assert (new / "dog/in/2.png").samefile(tmp_path / "old/cat/in/2.png") == link
+        revert_tree(artifact, new, back, link=link)
+        assert content(back) == content(tmp_path / "old")
+
+
+def test_a_class_that_loses_all_its_images_keeps_its_folder(tmp_path: Path) -> None:
+    fill(tmp_path / "old", ["cat/1.png"])
+    apply_tree(small(["cat/1.png"], [0], [1]), tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "new" / "cat").is_dir()
+    assert list(content(tmp_path / "new")) == ["dog/1.png"]
+
+
+def test_a_table_is_written_beside_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("path,label,by\na.png,cat,me\nb.png,dog,=you\n")
+    artifact = small(["a.png", "b.png"], [0, 1], [1, 1], "csv")
+    apply_tree(artifact, tmp_path / "old.csv", tmp_path / "new.csv")
+    assert read_csv("new", tmp_path / "new.csv")["label"] == ["dog", "dog"]
+    revert_tree(artifact, tmp_path / "new.csv", tmp_path / "back.csv")
+    assert read_csv("back", tmp_path / "back.csv") == read_csv("old", tmp_path / "old.csv")
+    with pytest.raises(InputError, match=r"out: expected a \.csv beside"):
+        apply_tree(artifact, tmp_path / "old.csv", tmp_path / "new.txt")
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    ids = ["cat/1.png", "dog/2.png"]
+    artifact = small(ids, [0, 1], [1, 1])
+    fill(tmp_path / "old", ids)
+    fill(tmp_path / "moved", ["dog/1.png", "dog/2.png"])
+    fill(tmp_path / "more", [*ids, "dog/3.png"])
+    before = content(tmp_path)
+    for name, out, error in (
+        ("moved", "new", WrongIds),
+        ("more", "new", WrongIds),
+        ("old", "more", InputError),
+        ("old", "old/new", InputError),
+        ("old", "no/new", InputError),
+        ("nowhere", "new", InputError),
+    ):
+        with pytest.raises(error):
+            apply_tree(artifact, tmp_path / name, tmp_path / out)
+    apply_tree(artifact, tmp_path / "old", tmp_path / "new", dry_run=True)
+    assert content(tmp_path) == before
+    with pytest.raises(WrongBase):
+        apply_tree(small(ids, [1, 1], [0, 1]), tmp_path / "old", tmp_path / "new")
+    with pytest.raises(InputError, match=r"ids such as class/name\.jpg, got 'cat/\.\./\.\./x\.png'"):
+        new_places(small(["cat/../../x.png"], [0], [1]))
+
+
+def test_a_killed_apply_leaves_no_folder_and_works_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"cat/{row}.png" for row in range(4)]
+    artifact = small(ids, [0] * 4, [0, 1, 0, 1])
+    fill(tmp_path / "old", ids)
+    copy = shutil.copy2
+
+    def dying(origin: Path, target: Path) -> None:
+        if origin.name == "2.png":
+            raise KeyboardInterrupt
+        copy(origin, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy2", dying)
+        with pytest.raises(KeyboardInterrupt):
+            apply_tree(artifact, tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    apply_tree(artifact, tmp_path / "old", tmp_path / "new")
+    assert sorted(content(tmp_path / "new")) == ["cat/0.png", "cat/2.png", "dog/1.png", "dog/3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_class_names_that_lead_out_of_a_folder_are_refused() -> None:
+    given, settings = np.array([0, 1]), {"source": "folder", "classes": ["A", "../../B"]}
+    with pytest.raises(InputError, match="artifact: expected names that a folder can have"):
+        new_places(record(given, given[::-1], ids=["A/0.png", "B/0.png"], settings=settings))
