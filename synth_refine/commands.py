@@ -157,7 +157,7 @@ def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, lis
 
 def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
     """Write an artifact, but never over another one."""
-    check_free(options.out, artifact)
+    check_free(options.out, artifact.run)
     if not options.dry_run:
         write_artifact(options.out, artifact)
     known = {name: one and one.value for name, one in estimates.items()}
@@ -170,8 +170,7 @@ def _scale(options: Namespace) -> int:
     check_folder("out", settings.out)
     inputs = pipeline.options_of(settings) | _arrays(settings)
     head = inputs.pop("head", None)
-    count = inputs.get("num_classes") or len(inputs["prototypes"])
-    given, features = shards_sample(settings.features, settings.given, count, SAMPLE_ROWS)
+    given, features = shards_sample(settings.features, settings.given, SAMPLE_ROWS)
     for doubt in pipeline.doubts(features, given, inputs):
         _say(f"warning: {doubt}")
     summary = refine_shards(

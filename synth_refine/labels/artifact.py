@@ -13,6 +13,7 @@ could not be reverted.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
