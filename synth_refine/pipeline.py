@@ -38,7 +38,8 @@ from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes
-from synth_refine.images.sources import Images, open_images, read_classes
+from synth_refine.images.listing import Images, read_classes
+from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
 from synth_refine.refine.estimates import Estimate

@@ -24,7 +24,7 @@ from synth_refine._io import ray as on_ray
 from synth_refine._io.csv import csv_bytes, read_csv
 from synth_refine.images import encoders
 from synth_refine.images.encoders import encoder_by_name
-from synth_refine.images.sources import Images
+from synth_refine.images.listing import Images
 from synth_refine.labels.artifact import read_artifact
 from synth_refine.labels.files import read_labels
 from synth_refine.pipeline import run

@@ -31,8 +31,8 @@ from synth_refine._io.untrusted import read_npy
 from synth_refine.images.batches import Batches, decoded_shard, embed_good, embedder, first_size, why_bad
 from synth_refine.images.encoders import Encoder, check_images
 from synth_refine.images.hashes import SHARD_ROWS, content_hashes, images_hash
+from synth_refine.images.listing import Images
 from synth_refine.images.readers import BATCH_ROWS, part_of
-from synth_refine.images.sources import Images
 
 FEATURES = "features.npy"
 KEEP_SECONDS = 20.0  # most work that a kill costs
