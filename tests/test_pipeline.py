@@ -53,7 +53,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(COUNT):
         true = number % 3
         given = (true + 1) % 3 if rng.random() < 0.3 else true
-        image = Glyphs(32).draw([Job(true, number, 99, "", CLASSES[true], "")])[0]
+        image = Glyphs(32).generate([Job(true, number, 99, "", CLASSES[true], "")])[0]
         assert image is not None
         folder = root / "photos" / CLASSES[given]
         folder.mkdir(parents=True, exist_ok=True)

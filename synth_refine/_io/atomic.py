@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from synth_refine._io.error import InputError
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError("files are written with locks of Linux and macOS: on Windows use WSL") from error
 
 TEMPORARY = ".synth-refine.tmp"
 _held: set[int] = set()  # descriptors of locks

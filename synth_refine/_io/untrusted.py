@@ -197,10 +197,10 @@ def _npy_header(name: str, path: str | os.PathLike[str], header: bytes) -> tuple
         if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
             raise ValueError("the fields are not descr, fortran_order and shape")
         shape, fortran = fields["shape"], fields["fortran_order"]
-        if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 1 << 60 for n in shape):
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"the shape is {shape!r}")
-        if len(shape) > 32 or math.prod(max(n, 1) for n in shape) >= 1 << 60:
-            raise ValueError(f"the shape has {len(shape)} dimensions, or too many elements")
+        if len(shape) > 32 or (0 in shape and math.prod(max(n, 1) for n in shape) >= 1 << 60):
+            raise ValueError(f"the shape has {len(shape)} dimensions, or is too large for an empty array")
         if not isinstance(fortran, bool):
             raise ValueError(f"fortran_order is {fortran!r}")
         if not isinstance(fields["descr"], str):
