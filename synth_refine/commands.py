@@ -95,7 +95,7 @@ def _generate(options: Namespace) -> int:
 
 
 def _embed(options: Namespace) -> int:
-    _show(pipeline.embed(_announced(_settings(options))))
+    _show(pipeline.embed(_announced(_settings(options)), say=_say))
     return FINE
 
 

@@ -114,6 +114,8 @@ def run(
     check(settings, "run")
     classes = read_classes(settings.classes) if settings.classes else None
     images = open_images(settings.images, list(classes) if classes else None)
+    for note in images.notes:
+        say(note)
     encoder = encoder_of(settings)
     drawer = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
@@ -161,6 +163,8 @@ def check(settings: Settings, command: str) -> None:
         raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     try:
         device = torch.device(device_of(settings))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("torch has more, which are not tested")
     except RuntimeError as error:
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}") from error
     if settings.engine == "local" and device.type == "cuda" and not torch.cuda.is_available():
@@ -387,10 +391,12 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
     )
 
 
-def embed(settings: Settings) -> dict[str, Any]:
+def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
     """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
+    for note in images.notes:
+        say(note)
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 

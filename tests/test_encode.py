@@ -109,6 +109,13 @@ def test_id_changes_with_weights_preprocessing_and_name_alone(classifier: Pooled
     assert len(others | {first, TorchEncoder("one", classifier, None).id}) == 6
 
 
+def test_the_weights_are_hashed_once(classifier: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TorchEncoder("one", classifier, None)
+    first = encoder.id
+    monkeypatch.setattr(classifier, "state_dict", lambda: pytest.fail("hashed again"))
+    assert encoder.id == first
+
+
 def test_normalised_features_have_unit_length(classifier: Pooled) -> None:
     features = module_encoder("pooled", classifier, normalise=True).embed(images())
     torch.testing.assert_close(features.norm(dim=1), torch.ones(10))

@@ -107,12 +107,14 @@ def _rgb(image: Image.Image) -> Image.Image:
             raise InputError(f"image: expected at most 16 bits per pixel, got values {low} to {high}")
         if 0 < high <= 255:
             raise InputError(f"image: expected 16 bits per pixel, got values to {high}; save it with 8 bits per pixel")
-        return Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((np.arange(65536) + 128) // 257).astype(np.uint8)[values]).convert("RGB")
     if image.mode == "F":
         raise InputError("image: expected pixels in whole numbers, got floating-point ones, whose range is not known")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        page = Image.new("RGB", layer.size, "white")
+        page.paste(layer, mask=layer)
+        return page
     return image.convert("RGB")
 
 
