@@ -13,7 +13,6 @@ import numpy as np
 from synth_refine._io.check import InputError
 from synth_refine._io.untrusted import open_plain
 
-BATCH_ROWS = 64
 MOST_BYTES = 1 << 28  # of an image file
 
 
