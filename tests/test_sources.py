@@ -13,6 +13,7 @@ from PIL import features as pillow
 from synth_refine import InputError
 from synth_refine.images.decode import FORMATS
 from synth_refine.images.sources import open_images
+from synth_refine.scale.tables import cut_shards
 
 
 def test_a_folder_per_class(tmp_path: Path) -> None:
@@ -166,3 +167,13 @@ def test_cifake_numbers_its_classes_in_the_names(tmp_path: Path) -> None:
         "1000 (2).png": 1,
         "1001 (10).png": 9,
     }
+
+
+def test_shards_of_features_are_in_natural_order_too(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    for number in range(12):
+        for name, values in (("f", np.full((1, 2), number, np.float32)), ("g", np.array([0]))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            np.save(tmp_path / name / f"img_emb_{number}.npy", values)
+    shards = cut_shards(tmp_path / "f", tmp_path / "g", None, 10)
+    assert [Path(one.features.path).stem for one in shards] == [f"img_emb_{number}" for number in range(12)]

@@ -54,9 +54,8 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise InputError(f"path: expected a file to write, got a folder: {target}")
     if not target.parent.is_dir():
         raise InputError(f"path: expected an existing folder {target.parent} to write {target.name} into, got none")
-    kind = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name may be as long as the system allows
-    remove_unfinished(target.parent, kind)
-    temporary = target.with_name(f".{kind}-{uuid.uuid4().hex}{TEMPORARY}")
+    remove_unfinished(target.parent, _kind(target))
+    temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as file:
             _lock(file.fileno(), wait=True)  # so that nobody takes it for the rest of a killed write
@@ -68,6 +67,15 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def temporary_name(target: Path) -> Path:
+    """A new name beside a file, which `remove_unfinished` knows as ours."""
+    return target.with_name(f".{_kind(target)}-{uuid.uuid4().hex}{TEMPORARY}")
+
+
+def _kind(target: Path) -> str:
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name may be as long as the system allows
 
 
 def remove_unfinished(folder: str | os.PathLike[str], kind: str | None = None) -> None:
