@@ -308,8 +308,11 @@ def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]]
     hashes = {}
     for name, write in contents.items():
         place = temporary_name(root / name)
-        hashes[name] = write_file(place, write)
-        os.replace(place, _staged(root, name, hashes[name]))
+        try:
+            hashes[name] = write_file(place, write)
+            os.replace(place, _staged(root, name, hashes[name]))
+        finally:
+            place.unlink(missing_ok=True)
     write_file(root / "run.json", (json.dumps({**run, "files": hashes}, indent=2, allow_nan=False) + "\n").encode())
     _settle(root)
 
