@@ -35,11 +35,12 @@ def _lock(descriptor: int, wait: bool = False) -> None:
 
 
 @contextmanager
-def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def write_atomic(path: str | os.PathLike[str], *, clean: bool = True) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: after a crash at any moment the old content or the new one is there.
 
     The content goes to a temporary file in the same folder and onto the disk, and then takes the target's name. An
-    exception inside the block leaves the target as it was. What a killed write of the same file left behind is removed.
+    exception inside the block leaves the target as it was. What a killed write of the same file left behind is removed
+    first, unless `clean` is False, for folders that are cleaned as a whole.
 
     Example:
         >>> import tempfile
@@ -54,7 +55,8 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise InputError(f"path: expected a file to write, got a folder: {target}")
     if not target.parent.is_dir():
         raise InputError(f"path: expected an existing folder {target.parent} to write {target.name} into, got none")
-    remove_unfinished(target.parent, _kind(target))
+    if clean:
+        remove_unfinished(target.parent, _kind(target))
     temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as file:
