@@ -358,10 +358,10 @@ def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixtu
 
 
 def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
-    from synth_refine.labels.export import _pt, _Rows
+    from synth_refine.labels.formats import Rows, _pt
 
     given = np.load("given.npy")
-    Path("human.pt").write_bytes(_pt(_Rows(given, None, Path("human.pt"), None, given, "worse_label")))
+    Path("human.pt").write_bytes(_pt(Rows(given, None, Path("human.pt"), None, given, "worse_label")))
     refine = paper("refined")
     refine[refine.index("given.npy")] = "human.pt"
     assert cli.main(refine) == 3

@@ -1,11 +1,16 @@
-"""Label files: .npy, .csv and CIFAR-N's .pt in, (N,) int64 out, and back."""
+"""Label files in, (N,) int64 out with ids and class names where they have some, and back."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,56 +20,132 @@ from torch import Tensor
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.check import Array, InputError, check_array, check_labels
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
-from synth_refine._io.untrusted import read_npy, read_pt
+from synth_refine._io.untrusted import open_plain, read_npy, read_pt, what_is
 
 MAX_CLASS = 2**31 - 1
 """No class index is larger; labels of the wrong byte order are."""
 
+MOST_BYTES = 1 << 30
+"""No array in an .npz file is larger."""
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """What a label file holds.
+
+    Attributes:
+        labels: The labels, (N,) int64, each in [0, 2**31).
+        ids: The id of every row, (N,) texts; None where the file has none.
+        classes: The class names, (C,), in the order of the labels' numbers; None where the file has none.
+    """
+
+    labels: NDArray[np.int64]
+    ids: list[str] | None = None
+    classes: list[str] | None = None
+
 
 def read_labels(path: str | os.PathLike[str], *, key: str | None = None) -> NDArray[np.int64]:
-    """Read the labels of a file, in the order of its rows.
-
-    Args:
-        path: A .npy file of integers; a .csv file with the column `label` and, if there is one, `id`; or one of
-            CIFAR-N's .pt files.
-        key: Which entry of a .pt file, for example `worse_label`.
-
-    Returns:
-        Labels, (N,) int64, each in [0, 2**31).
-
-    Raises:
-        InputError: The file is something else (the message says what), is damaged, or holds no (N,) integer labels.
-            Nothing is ever unpickled.
-    """
-    return read_labels_and_ids(path, key=key)[0]
+    """The labels of a file, (N,) int64, in the order of its rows; see `read_label_file`."""
+    return read_label_file(path, key=key).labels
 
 
 def read_labels_and_ids(
     path: str | os.PathLike[str], *, key: str | None = None
 ) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Read labels and, from a .csv file with the column `id`, the id of every row; see `read_labels`."""
+    """Labels and, from a .csv file with the column `id`, the id of every row; see `read_label_file`."""
+    found = read_label_file(path, key=key)
+    return found.labels, found.ids
+
+
+def read_label_file(path: str | os.PathLike[str], *, key: str | None = None) -> LabelFile:
+    """Read the labels of a file, in the order of its rows, and what it says of them.
+
+    Args:
+        path: A .npy file of integers; a .csv file with the column `label` and, if there are such, `id` and `class`; a
+            .json list, such as DivideMix's, or a .json object with a list in it, such as SSR's; an .npz file such as
+            UNICON's; or one of CIFAR-N's .pt files.
+        key: Which entry of a .pt, .npz or .json file, for example `worse_label`.
+
+    Raises:
+        InputError: The file is something else (the message says what), is damaged, or holds no (N,) integer labels.
+            Nothing is ever unpickled.
+    """
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
-        rows = read_csv("labels", path)
-        if "label" not in rows:
-            raise InputError(f"labels: expected the column label in {path}, got {', '.join(rows)}")
-        ids = rows.get("id")
-        if ids is not None:
-            check_unique(f"labels: id in {path}", ids)
-        return _parse_labels(path, rows["label"]), ids
+        return _from_csv(path)
     if suffix == ".npy":
         values: NDArray[Any] = np.asarray(read_npy("labels", path, "iu"))
-    elif suffix == ".pt":
-        entries = read_pt("labels", path)
-        if key not in entries:
-            raise InputError(f"labels: {path} has the entries {', '.join(entries)}; name one of them, got {key}")
-        values = entries[key]
+    elif suffix in (".pt", ".npz", ".json"):
+        reader: Callable[[Any], dict[str, NDArray[Any]]] = {".npz": _from_npz, ".json": _from_json}.get(
+            suffix, _from_pt
+        )
+        found = reader(path)
+        if key is None and len(found) == 1 and suffix != ".pt":
+            key = next(iter(found))
+        if key is None or key not in found:
+            raise InputError(f"labels: {path} has the entries {', '.join(found)}; name one of them, got {key}")
+        values = found[key]
     else:
-        raise InputError(f"labels: expected a .npy, .csv or .pt file, got {path}")
+        raise InputError(f"labels: expected a .npy, .csv, .json, .npz or .pt file, got {path}")
     check_labels("labels", values)
     if values.size and not (int(values.min()) >= 0 and int(values.max()) <= MAX_CLASS):
         raise InputError(f"labels: expected class indices from 0 on in {path}, got {values.min()} to {values.max()}")
-    return values.astype(np.int64), None
+    return LabelFile(values.astype(np.int64))
+
+
+def _from_csv(path: str | os.PathLike[str]) -> LabelFile:
+    rows = read_csv("labels", path)
+    if "label" not in rows:
+        raise InputError(f"labels: expected the column label in {path}, got {', '.join(rows)}")
+    ids = rows.get("id")
+    if ids is not None:
+        check_unique(f"labels: id in {path}", ids)
+    labels, classes = _parse_labels(path, rows["label"]), None
+    if rows.get("class"):
+        names = dict(zip(labels.tolist(), rows["class"], strict=True))
+        wrong = next((row for row, one in enumerate(labels.tolist()) if names[one] != rows["class"][row]), None)
+        if wrong is not None or len(set(names.values())) != len(names):
+            raise InputError(f"labels: expected one class name per label in {path}, and one label per class name")
+        if names.keys() == set(range(len(names))):  # else a class has no image, and its name is not known
+            classes = [names[number] for number in range(len(names))]
+    return LabelFile(labels, ids, classes)
+
+
+def _from_pt(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    return {**read_pt("labels", path)}
+
+
+def _from_json(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    with open_plain("labels", path) as file:
+        data = file.read()
+    if kind := what_is(data[:512]):
+        raise InputError(f"labels: expected a .json file, but {path} is {kind}")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"labels: {path} is no JSON: {' '.join(str(error).split())[:100]}") from error
+    entries = content if isinstance(content, dict) else {"labels": content}
+    lists = {str(name): one for name, one in entries.items() if isinstance(one, list) and set(map(type, one)) == {int}}
+    if not lists or any(abs(number) > 2**62 for one in lists.values() for number in one):
+        raise InputError(f"labels: expected a list of class indices in {path}, got {type(content).__name__}")
+    return {name: np.array(one, dtype=np.int64) for name, one in lists.items()}
+
+
+def _from_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    found: dict[str, NDArray[Any]] = {}
+    try:
+        with open_plain("labels", path) as file, zipfile.ZipFile(file) as archive, TemporaryDirectory() as folder:
+            for member in archive.infolist():
+                if member.file_size > MOST_BYTES or not member.filename.endswith(".npy") or "/" in member.filename:
+                    raise InputError(f"labels: expected arrays of labels in {path}, got {member.filename[:80]!r}")
+                place = Path(folder, "array.npy")
+                place.write_bytes(archive.read(member))
+                array = np.array(read_npy(f"labels: {member.filename} of {path}", place, "iu"))
+                if array.ndim == 1 and array.size:
+                    found[member.filename.removesuffix(".npy")] = array
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise InputError(f"labels: {path} is no .npz file that can be read: {error}") from error
+    return found
 
 
 def write_labels(
@@ -72,14 +153,16 @@ def write_labels(
     labels: Array,
     ids: Sequence[str] | Sequence[int] | None = None,
     *,
+    classes: Sequence[str] | None = None,
     dtype: DTypeLike = np.int64,
 ) -> None:
     """Write labels whole or not at all; what is written is read back equal by `read_labels`.
 
     Args:
-        path: A .npy file or a .csv file with the columns `id` and `label`.
+        path: A .npy file or a .csv file with the columns `id` and `label`, and `class` where names are given.
         labels: Labels, (N,) integers in [0, 2**31).
         ids: One id per label, unique, for .csv only; the row numbers by default.
+        classes: Class names, (C,), for .csv only, so that whoever numbers classes otherwise can tell.
         dtype: The integer type in a .npy file; almost every codebase expects the default.
 
     Raises:
@@ -101,7 +184,11 @@ def write_labels(
         if len(names) != len(values):
             raise InputError(f"ids: expected {len(values)}, one per label, got {len(names)}")
         check_unique("ids", names)
-        data = csv_bytes({"id": names, "label": values.tolist()})
+        columns: dict[str, list[Any]] = {"id": names, "label": values.tolist()}
+        if classes is not None:
+            as_labels("labels", values, len(classes))
+            columns["class"] = [classes[label] for label in values.tolist()]
+        data = csv_bytes(columns)
         with write_atomic(path) as file:
             file.write(data)
     else:
