@@ -114,7 +114,7 @@ def test_another_file_is_never_overwritten_and_kept_when_it_is_replaced(tmp_path
     assert export(REFINED, "json", path).backup is None  # the same once more
     assert json.loads(path.read_text()) == REFINED.tolist()
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="path: expected a new file"):
+    with pytest.raises(InputError, match="path: expected a file to write, got a folder"):
         export(REFINED, "json", tmp_path / "folder.json", overwrite=True)
 
 

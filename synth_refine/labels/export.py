@@ -144,6 +144,8 @@ def export(
     note = rules.note.format(name=target.name, stem=target.stem, path=target, key=key)
     backup = None
     if os.path.lexists(target) and not (target.is_file() and target.read_bytes() == data):
+        if target.is_dir():
+            raise InputError(f"path: expected a file to write, got a folder: {target}")
         if not overwrite or not target.is_file():
             raise InputError(f"path: expected a new file, but {target} holds something else; overwrite keeps a backup")
         backup = _kept(target) if not dry_run else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -20,7 +21,12 @@ from torch import Tensor
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.check import Array, InputError, check_array, check_labels
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine._io.order import natural_key
 from synth_refine._io.untrusted import open_plain, read_npy, read_pt, what_is
+from synth_refine.labels.cells import with_column
+
+UNLABELLED = {"", "-1", "?", "nan", "none", "null", "n/a", "na"}
+"""What tables write for images without a label, in lower case."""
 
 MAX_CLASS = 2**31 - 1
 """No class index is larger; labels of the wrong byte order are."""
@@ -45,19 +51,19 @@ class LabelFile:
 
 
 def read_labels(path: str | os.PathLike[str], *, key: str | None = None) -> NDArray[np.int64]:
-    """The labels of a file, (N,) int64, in the order of its rows; see `read_label_file`."""
-    return read_label_file(path, key=key).labels
+    """The labels of a file that numbers its classes, (N,) int64, in the order of its rows; see `read_label_file`."""
+    return read_label_file(path, key=key, names=False).labels
 
 
 def read_labels_and_ids(
     path: str | os.PathLike[str], *, key: str | None = None
 ) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels and, from a .csv file with the column `id`, the id of every row; see `read_label_file`."""
-    found = read_label_file(path, key=key)
+    """Labels and, from a .csv file with the column `id`, the id of every row; see `read_labels`."""
+    found = read_label_file(path, key=key, names=False)
     return found.labels, found.ids
 
 
-def read_label_file(path: str | os.PathLike[str], *, key: str | None = None) -> LabelFile:
+def read_label_file(path: str | os.PathLike[str], *, key: str | None = None, names: bool = True) -> LabelFile:
     """Read the labels of a file, in the order of its rows, and what it says of them.
 
     Args:
@@ -65,6 +71,7 @@ def read_label_file(path: str | os.PathLike[str], *, key: str | None = None) -> 
             .json list, such as DivideMix's, or a .json object with a list in it, such as SSR's; an .npz file such as
             UNICON's; or one of CIFAR-N's .pt files.
         key: Which entry of a .pt, .npz or .json file, for example `worse_label`.
+        names: Take class names in the column `label` of a .csv file, too; they are numbered in natural order.
 
     Raises:
         InputError: The file is something else (the message says what), is damaged, or holds no (N,) integer labels.
@@ -72,7 +79,7 @@ def read_label_file(path: str | os.PathLike[str], *, key: str | None = None) -> 
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
-        return _from_csv(path)
+        return _from_csv(path, names)
     if suffix == ".npy":
         values: NDArray[Any] = np.asarray(read_npy("labels", path, "iu"))
     elif suffix in (".pt", ".npz", ".json"):
@@ -93,22 +100,30 @@ def read_label_file(path: str | os.PathLike[str], *, key: str | None = None) -> 
     return LabelFile(values.astype(np.int64))
 
 
-def _from_csv(path: str | os.PathLike[str]) -> LabelFile:
+def _from_csv(path: str | os.PathLike[str], names: bool) -> LabelFile:
     rows = read_csv("labels", path)
     if "label" not in rows:
         raise InputError(f"labels: expected the column label in {path}, got {', '.join(rows)}")
     ids = rows.get("id")
     if ids is not None:
         check_unique(f"labels: id in {path}", ids)
-    labels, classes = _parse_labels(path, rows["label"]), None
-    if rows.get("class"):
-        names = dict(zip(labels.tolist(), rows["class"], strict=True))
-        wrong = next((row for row, one in enumerate(labels.tolist()) if names[one] != rows["class"][row]), None)
-        if wrong is not None or len(set(names.values())) != len(names):
-            raise InputError(f"labels: expected one class name per label in {path}, and one label per class name")
-        if names.keys() == set(range(len(names))):  # else a class has no image, and its name is not known
-            classes = [names[number] for number in range(len(names))]
-    return LabelFile(labels, ids, classes)
+    for number, cell in enumerate(rows["label"], 2):
+        if cell.strip().lower() in UNLABELLED:
+            raise InputError(f"labels: expected a label in row {number} of {path}, got {cell!r}: leave such images out")
+    if names and not all(map(_is_index, rows["label"])):
+        classes = sorted(set(rows["label"]), key=natural_key)
+        number_of = {name: number for number, name in enumerate(classes)}
+        return LabelFile(np.array([number_of[cell] for cell in rows["label"]], dtype=np.int64), ids, classes)
+    labels = _parse_labels(path, rows["label"])
+    if not rows.get("class"):
+        return LabelFile(labels, ids)
+    name_of = dict(zip(labels.tolist(), rows["class"], strict=True))
+    pairs = set(zip(labels.tolist(), rows["class"], strict=True))
+    if not len(pairs) == len(name_of) == len(set(name_of.values())):
+        raise InputError(f"labels: expected one class name per label in {path}, and one label per class name")
+    if name_of.keys() != set(range(len(name_of))):
+        return LabelFile(labels, ids)  # a class has no image, so that its name is not known
+    return LabelFile(labels, ids, [name_of[number] for number in range(len(name_of))])
 
 
 def _from_pt(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
@@ -168,6 +183,33 @@ def write_labels(
     Raises:
         InputError: Another kind of file, labels of the wrong shape, type or range, or ids that do not fit.
     """
+    data = label_bytes(path, labels, ids, classes=classes, dtype=dtype)
+    with write_atomic(path) as file:
+        file.write(data)
+
+
+def label_bytes(
+    path: str | os.PathLike[str],
+    labels: Array,
+    ids: Sequence[str] | Sequence[int] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    dtype: DTypeLike = np.int64,
+    like: str | os.PathLike[str] | None = None,
+) -> bytes:
+    """What `write_labels` writes.
+
+    Args:
+        path: As there, and the other arguments likewise.
+        labels: As there.
+        ids: As there.
+        classes: As there.
+        dtype: As there.
+        like: A .csv file of the user with the same rows: every byte of it but the changed labels stays as it is.
+
+    Raises:
+        InputError: As there.
+    """
     values = as_labels("labels", labels)
     suffix = Path(path).suffix.lower()
     if suffix == ".npy":
@@ -177,22 +219,27 @@ def write_labels(
             raise InputError(
                 f"labels: expected at most {np.iinfo(dtype).max} for {np.dtype(dtype)}, got {values.max()}"
             )
-        with write_atomic(path) as file:
-            np.save(file, values.astype(dtype), allow_pickle=False)
-    elif suffix == ".csv":
-        names = [str(one) for one in (range(len(values)) if ids is None else ids)]
-        if len(names) != len(values):
-            raise InputError(f"ids: expected {len(values)}, one per label, got {len(names)}")
-        check_unique("ids", names)
-        columns: dict[str, list[Any]] = {"id": names, "label": values.tolist()}
-        if classes is not None:
-            as_labels("labels", values, len(classes))
-            columns["class"] = [classes[label] for label in values.tolist()]
-        data = csv_bytes(columns)
-        with write_atomic(path) as file:
-            file.write(data)
-    else:
+        buffer = io.BytesIO()
+        np.save(buffer, values.astype(dtype), allow_pickle=False)
+        return buffer.getvalue()
+    if suffix != ".csv":
         raise InputError(f"path: expected a .npy or .csv file, got {path}")
+    if like is not None and Path(like).suffix.lower() == ".csv":
+        known = read_label_file(like).classes
+        data = with_column(Path(like).read_bytes(), "label", [str(label) for label in values.tolist()])
+        if known is None:
+            return data
+        as_labels("labels", values, len(known))
+        return with_column(data, "class", [known[label] for label in values.tolist()])
+    names = [str(one) for one in (range(len(values)) if ids is None else ids)]
+    if len(names) != len(values):
+        raise InputError(f"ids: expected {len(values)}, one per label, got {len(names)}")
+    check_unique("ids", names)
+    columns: dict[str, list[Any]] = {"id": names, "label": values.tolist()}
+    if classes is not None:
+        as_labels("labels", values, len(classes))
+        columns["class"] = [classes[label] for label in values.tolist()]
+    return csv_bytes(columns)
 
 
 def noise_rate(labels: Array, true_labels: Array) -> float:
@@ -252,9 +299,13 @@ def _pair(
     return values, truth
 
 
+def _is_index(cell: str) -> bool:
+    # Ten digits are enough for every class; int() would also take "1_0", " 1", digits of other scripts, and 007 as 7.
+    return cell.isascii() and cell.isdigit() and len(cell) <= 10 and int(cell) <= MAX_CLASS and cell == str(int(cell))
+
+
 def _parse_labels(path: str | os.PathLike[str], cells: list[str]) -> NDArray[np.int64]:
     for number, cell in enumerate(cells, 2):
-        # Ten digits are enough for every class; int() would also take "1_0", " 1" and digits of other scripts.
-        if not (cell.isascii() and cell.isdigit() and len(cell) <= 10 and int(cell) <= MAX_CLASS):
+        if not _is_index(cell):
             raise InputError(f"labels: expected a class index from 0 on in row {number} of {path}, got {cell[:40]!r}")
     return np.array(list(map(int, cells)), dtype=np.int64)
