@@ -331,8 +331,8 @@ class EM:
     def _honest(self, state: State, noise: float) -> State:
         """The state with its last votes, and the exponent at which the given labels are likeliest.
 
-        Where few labels are wrong, a lower exponent tells how far heads and neighbours are too sure. Where many are wrong
-        in a systematic way, it only makes room for them, so that it is trusted the less, the more labels are wrong.
+        Where few labels are wrong, a lower exponent tells how far heads and neighbours are too sure. Where many are
+        wrong in a systematic way, it only makes room for them: it is trusted the less, the more labels are wrong.
         """
         if self.rows.neighbours:
             votes = min(max(FINAL_VOTES * state.votes, LEAST_FINAL_VOTES), MOST_VOTES)
