@@ -19,22 +19,25 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import __version__
-from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder, write_atomic
+from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder
 from synth_refine._io.check import Array, InputError, LabelsT, check_array, labels_like
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase as WrongBase
 from synth_refine._io.error import WrongIds as WrongIds
+from synth_refine._io.store import write_file
 from synth_refine._io.untrusted import open_plain, read_npy
 from synth_refine.labels.files import as_labels, labels_hash
 
@@ -223,16 +226,41 @@ def record(
         action=np.array(["keep", "change", "abstain"], dtype=object)[changed + 2 * open_rows],
         reason=np.where(changed | open_rows, reasons, ""),
         **scores,
-        run={
-            "format": FORMAT,
-            "num_classes": num_classes,
-            "given": {"sha256": labels_hash(before), "dtype": dtype.str, "count": len(before)},
-            "labels": {"sha256": labels_hash(after), "changed": int(changed.sum()), "abstained": int(open_rows.sum())},
-            "inputs": dict(inputs or {}),
-            "settings": dict(settings or {}),
-            "versions": versions(),
-        },
+        run=run_of(
+            num_classes,
+            labels_hash(before),
+            dtype,
+            len(before),
+            labels_hash(after),
+            int(changed.sum()),
+            int(open_rows.sum()),
+            settings or {},
+            inputs or {},
+        ),
     )
+
+
+def run_of(
+    num_classes: int,
+    given_hash: str,
+    dtype: np.dtype[Any],
+    count: int,
+    labels_hash: str,
+    changed: int,
+    abstained: int,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """What run.json says besides the hashes of files."""
+    return {
+        "format": FORMAT,
+        "num_classes": num_classes,
+        "given": {"sha256": given_hash, "dtype": dtype.str, "count": count},
+        "labels": {"sha256": labels_hash, "changed": changed, "abstained": abstained},
+        "inputs": dict(inputs),
+        "settings": dict(settings),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -260,17 +288,31 @@ def write_artifact(folder: str | os.PathLike[str], artifact: Artifact, *, lock: 
     contents = {"labels.npy": labels.getvalue(), "changes.csv": csv_bytes(artifact.table())}
     if artifact.ids is not None:
         contents["ids.csv"] = csv_bytes({"id": artifact.ids})
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    run = json.dumps({**artifact.run, "files": hashes}, indent=2, allow_nan=False) + "\n"
     with locked(root) if lock else nullcontext():
         check_free(root, artifact)
-        _settle(root)
-        for name, data in contents.items():
-            with write_atomic(_staged(root, name, hashes[name])) as file:
-                file.write(data)
-        with write_atomic(root / "run.json") as file:
-            file.write(run.encode())
-        _settle(root)
+        write_files(root, {name: partial(_put, data) for name, data in contents.items()}, artifact.run)
+
+
+def _put(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
+
+
+def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]], run: Mapping[str, Any]) -> None:
+    """Write the files of an artifact, however large, into a folder that is locked and free for them.
+
+    Args:
+        root: The folder.
+        contents: What writes each of `NAMES`.
+        run: As `Artifact.run`.
+    """
+    _settle(root)
+    hashes = {}
+    for name, write in contents.items():
+        place = _staged(root, name, 2 * uuid.uuid4().hex)  # until its hash is known
+        hashes[name] = write_file(place, write)
+        os.replace(place, _staged(root, name, hashes[name]))
+    write_file(root / "run.json", (json.dumps({**run, "files": hashes}, indent=2, allow_nan=False) + "\n").encode())
+    _settle(root)
 
 
 def check_free(folder: str | os.PathLike[str], artifact: Artifact) -> None:

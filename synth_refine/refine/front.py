@@ -5,6 +5,7 @@ Letters in shapes: N real images, M synthetic images, D features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ ORDER_ROWS = 50_000  # rows that the cheap checks look at
 WIDE_GAP = 0.99  # domain gap from which on a warning says so
 NEEDED = {"anchored": ("synthetic_features", "synthetic_labels"), "paper": ()}
 UNUSED = {
-    "anchored": {"prototypes": None, "logits": None, "weight": None, "strict": False},
+    "anchored": {"prototypes": None, "logits": None, "head": None, "weight": None, "strict": False},
     "paper": {"text_prototypes": None, "second_view": None, "force": False},
 }
 """Options that a refiner has no use for, and how they look when they are not given."""
@@ -48,6 +49,26 @@ UNUSED = {
 def default_refiner(synthetic_features: object) -> str:
     """`anchored` where there are synthetic features, `paper` where there are only prototypes."""
     return "anchored" if synthetic_features is not None else "paper"
+
+
+def check_use(refiner: str, values: Mapping[str, Any]) -> None:
+    """Refuse options that the refiner has no use for, and the lack of what it needs.
+
+    Args:
+        refiner: One of `REFINERS`.
+        values: Options by their names.
+
+    Raises:
+        InputError: As said.
+    """
+    if refiner not in REFINERS:
+        raise InputError(f"refiner: expected {' or '.join(REFINERS)}, got {refiner!r}")
+    for name, absent in UNUSED[refiner].items():
+        if values.get(name, absent) is not absent:
+            raise InputError(f"{name}: the {refiner} refiner has no use for it")
+    for name in NEEDED[refiner]:
+        if values[name] is None:
+            raise InputError(f"{name}: the {refiner} refiner needs it")
 
 
 def check(
@@ -130,15 +151,7 @@ def refine(
         InputError: Evidence that does not fit together, is missing, or that the refiner has no use for.
     """
     refiner = default_refiner(synthetic_features) if refiner is None else refiner
-    if refiner not in REFINERS:
-        raise InputError(f"refiner: expected {' or '.join(REFINERS)}, got {refiner!r}")
-    values = dict(locals())
-    for name, absent in UNUSED[refiner].items():
-        if values[name] is not absent:
-            raise InputError(f"{name}: the {refiner} refiner has no use for it")
-    for name in NEEDED[refiner]:
-        if values[name] is None:
-            raise InputError(f"{name}: the {refiner} refiner needs it")
+    check_use(refiner, dict(locals()))
     about: dict[str, Any] = {"synthetic_features": synthetic_features, "synthetic_labels": synthetic_labels}
     doubts = check(features, given, **about, prototypes=prototypes, num_classes=num_classes)
     if refiner == "anchored":

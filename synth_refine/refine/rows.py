@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -153,6 +153,11 @@ class Frame:
     def width(self) -> int:
         """K."""
         return len(self.center) if self.columns is None else self.columns.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is there, by name."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: one for name, one in found.items() if one is not None}
 
     def real(self, features: Tensor) -> Tensor:
         """Components of finite features of real images, (n, K) float16."""

@@ -175,6 +175,7 @@ class AnchoredDiagnostics:
         min_odds: Posterior odds that a change has to exceed; infinite where no change is expected to help.
         gain: Expected drop of the noise rate by the changes, by a modest account.
         votes: Independent votes that the given labels of an image's nearest images count for.
+        story: Whether synthetic images and given labels contradict each other.
         vetoed: Whether no label changes at all.
         encoder_too_weak: Whether fewer than half of the held-out synthetic images are classified correctly.
         history: One entry per round.
@@ -191,6 +192,7 @@ class AnchoredDiagnostics:
     min_odds: float = math.inf
     gain: float = 0.0
     votes: float = 0.0
+    story: Story | None = None
     vetoed: bool = True
     encoder_too_weak: bool = False
     history: tuple[dict[str, float], ...] = field(default=(), repr=False)
@@ -223,6 +225,7 @@ def diagnostics(em: EM, solution: Solution, rows_swept: Sequence[SweepRow] = ())
         min_odds=policy.safe_odds,
         gain=solution.gain,
         votes=solution.state.votes,
+        story=solution.story,
         vetoed=policy.veto is not None or math.isinf(policy.safe_odds),
         encoder_too_weak=solution.synthetic_accuracy < RECOGNIZED,
         history=tuple(solution.history),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 
 from synth_refine._io.check import InputError, check_array, check_labels
 from synth_refine._io.untrusted import read_npy
+from synth_refine.refine.result import REASONS, Action
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SHARD_ROWS = 1 << 18
 """Rows of a .npy file per shard: 134 MB of 256 float16 features, a few seconds of work."""
+
+TOP = 5  # best classes that are reported per image
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Shard:
         return f"part-{self.number:06d}.parquet"
 
 
-def read_given(shard: Shard, num_classes: int) -> NDArray[np.int64]:
+def read_given(shard: Shard, num_classes: int | None) -> NDArray[np.int64]:
     """The given labels of a shard, (n,)."""
     parts = list(read_chunks("given", shard.given, SHARD_ROWS))
     for part in parts:
@@ -72,39 +75,68 @@ def read_given(shard: Shard, num_classes: int) -> NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64)
 
 
-def shards_sample(
-    features: str | os.PathLike[str], given: str | os.PathLike[str], num_classes: int, rows: int
-) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Given labels and features of at most so many images, the same number from each of some shards all over the files.
+@dataclass(frozen=True)
+class Scores:
+    """What is decided about the images of a shard.
 
-    Returns:
-        (n,) and (n, D).
+    Attributes:
+        given: Given labels, (n,) int64.
+        refined: Refined labels, (n,) int64.
+        classes: The best classes from the best one down, (n, K) int32; -1 where the image cannot be scored.
+        scores: Their scores, (n, K) float32; NaN where the image cannot be scored.
+        margin: By how much the best class beats the second, (n,) float32.
+        action: `Action` codes, (n,).
+        reason: `Reason` codes, (n,).
     """
+
+    given: NDArray[np.int64]
+    refined: NDArray[np.int64]
+    classes: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    margin: NDArray[np.float32]
+    action: NDArray[np.integer[Any]]
+    reason: NDArray[np.integer[Any]]
+
+    def counts(self) -> dict[str, int]:
+        """What the manifest says of the shard."""
+        return {
+            "rows": len(self.given),
+            "changed": int((self.given != self.refined).sum()),
+            "abstained": int((self.action == Action.ABSTAIN).sum()),
+            "unscored": int((self.classes[:, 0] < 0).sum()),
+        }
+
+
+def shards_sample(
+    features: str | os.PathLike[str], given: str | os.PathLike[str], rows: int
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Given labels, (n,), and features, (n, D), of at most so many images from shards all over the files."""
     shards = cut_shards(features, given, None, SHARD_ROWS // 64)
     shards = shards[:: -(-len(shards) // 100)]
     each = -(-rows // len(shards))
     parts = [next(read_chunks("features", shard.features, each, "D")) for shard in shards]
-    labels = [read_given(shard, num_classes)[: len(part)] for shard, part in zip(shards, parts, strict=True)]
+    labels = [read_given(shard, None)[: len(part)] for shard, part in zip(shards, parts, strict=True)]
     return np.concatenate(labels)[:rows], np.concatenate(parts)[:rows]
 
 
-def shard_table(
-    shard: Shard,
-    given: NDArray[np.int64],
-    refined: NDArray[Any],
-    classes: NDArray[np.int32],
-    scores: NDArray[np.float32],
-) -> pa.Table:
-    """What is written of a shard: its labels, and classes and scores from the best one down, (n, K)."""
+def shard_table(shard: Shard, scores: Scores) -> pa.Table:
+    """What is written of a shard."""
     import pyarrow as pa
 
+    def texts(codes: NDArray[np.integer[Any]], names: Sequence[str]) -> pa.DictionaryArray:
+        return pa.DictionaryArray.from_arrays(codes.astype(np.int8), list(names))
+
+    width = scores.classes.shape[1]
     columns = {
-        "row": np.arange(shard.first, shard.first + len(given)),
-        "given": given.astype(np.int32),
-        "refined": refined.astype(np.int32),
-        "confidence": np.ascontiguousarray(scores[:, 0]),
-        "classes": pa.FixedSizeListArray.from_arrays(classes.reshape(-1), classes.shape[1]),
-        "scores": pa.FixedSizeListArray.from_arrays(scores.reshape(-1), scores.shape[1]),
+        "row": np.arange(shard.first, shard.first + len(scores.given)),
+        "given": scores.given.astype(np.int32),
+        "refined": scores.refined.astype(np.int32),
+        "action": texts(scores.action, [action.name.lower() for action in Action]),
+        "reason": texts(scores.reason, REASONS),
+        "margin": scores.margin,
+        "confidence": np.ascontiguousarray(scores.scores[:, 0]),
+        "classes": pa.FixedSizeListArray.from_arrays(scores.classes.reshape(-1), width),
+        "scores": pa.FixedSizeListArray.from_arrays(scores.scores.reshape(-1), width),
     }
     return pa.table(columns)
 
