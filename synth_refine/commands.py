@@ -119,7 +119,7 @@ def _refine(options: Namespace) -> int:
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
-    return _keep(options, artifact, pipeline.estimates_of(result))
+    return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
 
 
 def _arrays(settings: Settings) -> dict[str, Any]:
@@ -168,25 +168,28 @@ def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estima
 def _scale(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
-    inputs = pipeline.options_of(settings) | _arrays(settings)
-    head = inputs.pop("head", None)
-    count = inputs.get("num_classes") or len(inputs["prototypes"])
-    given, features = shards_sample(settings.features, settings.given, count, SAMPLE_ROWS)
-    for doubt in pipeline.doubts(features, given, inputs):
+    inputs = _arrays(settings)
+    given, features = shards_sample(settings.features, settings.given, SAMPLE_ROWS)
+    told = pipeline.doubts(features, given, inputs)
+    for doubt in told:
         _say(f"warning: {doubt}")
+    inputs["second_view" if "synthetic_features" in inputs else "logits"] = settings.logits
     summary = refine_shards(
         settings.features,
         settings.given,
         settings.out,
-        logits=settings.logits,
-        head=head,
         shard_rows=settings.shard_rows,
         engine=settings.engine,
         address=settings.address,
         progress=sys.stderr.isatty(),
+        **pipeline.options_of(settings),
         **inputs,
     )
-    _show({"out": settings.out, **asdict(summary)})
+    for doubt in summary.warnings[len(told) :]:
+        _say(f"warning: {doubt}")
+    counts = ("rows", "changed", "abstained", "unscored", "shards", "reused")
+    known = {name: one and one.value for name, one in pipeline.estimates_of(summary.diagnostics).items()}
+    _show({"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
     return FINE
 
 

@@ -360,9 +360,8 @@ def redraw(settings: Settings) -> Summary:
     return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 
 
-def estimates_of(result: Refinement) -> dict[str, Estimate | None]:
+def estimates_of(known: object) -> dict[str, Estimate | None]:
     """How many labels are wrong before and after, and how many changes; None where that is not estimated."""
-    known = result.diagnostics
     if not isinstance(known, AnchoredDiagnostics):
         return {}
     names = {"before": "noise_before", "after": "noise_after", "wrong_changes": "wrong_changes"}
@@ -382,7 +381,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
         synthetic=len(synthetic.usable),
         warnings=tuple(known.warnings),
         synthetic_accuracy=getattr(known, "synthetic_accuracy", None),
-        **estimates_of(result),
+        **estimates_of(known),
     )
 
 
