@@ -33,7 +33,7 @@ class Task:
 
     num_classes: int
     train: Split  # with the given labels
-    synthetic: Split  # with the classes that the images were made for
+    synthetic: Split  # with the intended class of each image
     noisy_validation: Split  # given labels: a choice of epoch that anybody can make
     clean_validation: Split  # the same rows with true labels: a privilege of the published protocols
     test: Split
@@ -90,5 +90,5 @@ class Adapter(Protocol):
             labels: Labels to train on, (N,) int64, or (N, C) float32 where the method takes soft labels.
             options: Settings that differ from the method's defaults; an unknown one is a TypeError.
             seed: Same seed, same outcome on the CPU.
-            checkpoint: File that a killed run goes on from; removed by the caller when the record is written.
+            checkpoint: File that a killed run resumes from; removed by the caller when the record is written.
         """

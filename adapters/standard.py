@@ -27,6 +27,7 @@ from adapters.network import (
 )
 from synth_refine import InputError
 from third_party import standard
+from third_party.loop import Loss
 from third_party.resnet import embed
 
 
@@ -61,12 +62,29 @@ class InitialClassifier:
     outcome: Outcome
 
 
-def run(task: Task, labels: Tensor, options: Mapping[str, Any], seed: int, checkpoint: Path | None = None) -> Outcome:
-    """Train a fresh network on `labels`; the options are those of `third_party.standard.Config` and the network's."""
+def run(
+    task: Task,
+    labels: Tensor,
+    options: Mapping[str, Any],
+    seed: int,
+    checkpoint: Path | None = None,
+    loss_of: Loss | None = None,
+) -> Outcome:
+    """Train a fresh network on `labels`; the options are those of `third_party.standard.Config` and the network's.
+
+    `loss_of` gives the loss of each image, (B,), from logits and labels; None is the cross-entropy.
+    """
     config, network = resolve("standard", standard.Config(), options)
     model = build_network(task, network, seed)
     result = standard.train(
-        model, task.train.inputs, labels, config, measure=measure_on(task), seed=seed, checkpoint=checkpoint
+        model,
+        task.train.inputs,
+        labels,
+        config,
+        measure=measure_on(task),
+        seed=seed,
+        checkpoint=checkpoint,
+        loss_of=loss_of,
     )
     return _outcome(result, labels, config, network)
 

@@ -27,6 +27,7 @@ KEYS = {
     "initial",
     "methods",
     "seeds",
+    "jobs",
 }
 
 
@@ -97,7 +98,12 @@ def _check_types(config: Mapping[str, Any]) -> None:
     for name, block in blocks.items():
         if not isinstance(block, dict):
             raise InputError(f"{name}: expected a block of settings, got {block!r}")
-    for name, kinds in {"threshold": (int, float), "weight": (int, float), "synthetic_per_class": (int,)}.items():
+    for name, kinds in {
+        "threshold": (int, float),
+        "weight": (int, float),
+        "synthetic_per_class": (int,),
+        "jobs": (int,),
+    }.items():
         if name in config and not isinstance(config[name], kinds):
             raise InputError(f"{name}: expected a number, got {config[name]!r}")
     weight = config.get("weight", 0.5)

@@ -125,7 +125,7 @@ class Refined:
     def __init__(self, given: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> None:
         """Remember what to work on."""
         self.given = given
-        self.work = given.folder / ".work"  # for what a killed run goes on from
+        self.work = given.folder / ".work"  # for what a killed run resumes from
         self._config, self._arguments = config, arguments
         self._labels: dict[str, tuple[Tensor, float]] = {}
 

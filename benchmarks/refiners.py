@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import rivals
 from benchmarks.evidence import Evidence
-from synth_refine import class_prototypes, refine_labels
-from synth_refine.refine.anchored import HIDDEN, Posterior, anchored_posterior
-from synth_refine.refine.checks import check_row_order, prototype_classes
-from synth_refine.refine.decide import decide
+from synth_refine import Refinement, class_prototypes, refine_labels
+from synth_refine.refine.front import refine
+from synth_refine.refine.solve import AnchoredDiagnostics
 
 Refiner = Callable[..., Tensor]
 """`refiner(evidence, **options)`: labels, (N,) int64, or soft labels, (N, C) float32 with rows that sum to one."""
@@ -30,45 +29,59 @@ def none(evidence: Evidence) -> Tensor:
 
 def paper(evidence: Evidence, threshold: float = 0.6, weight: float = 0.5) -> Tensor:
     """The rule of arXiv:2509.04298: the best class by cosine and softmax where its score reaches the threshold."""
-    decision = refine_labels(evidence.features, evidence.logits, _prototypes(evidence), threshold, weight=weight)
-    return decision.apply(evidence.given)
+    prototypes = _prototypes(evidence)
+    return refine(
+        evidence.features,
+        evidence.given,
+        refiner="paper",
+        prototypes=prototypes,
+        logits=evidence.logits,
+        threshold=threshold,
+        weight=weight,
+    ).apply(evidence.given)
 
 
 def zero_shot(evidence: Evidence) -> Tensor:
     """The class of the nearest prototype by cosine, whatever the given label."""
-    logits = torch.zeros_like(evidence.logits)
-    decision = refine_labels(evidence.features, logits, _prototypes(evidence), threshold=-1.0, weight=1.0)
+    decision = refine_labels(evidence.features, None, _prototypes(evidence), threshold=-1.0, weight=1.0)
     return decision.apply(evidence.given)
 
 
-def anchored(evidence: Evidence, margin: float | None = None, rounds: int = 12, hidden: int = HIDDEN) -> Tensor:
-    """The most probable true class where `decide` changes the label, the given label elsewhere."""
-    return decide(_posterior(evidence, rounds, hidden), evidence.given, margin=margin).apply(evidence.given)
+def anchored(evidence: Evidence, threshold: float | str | None = None) -> Tensor:
+    """The project's own refiner, see `synth_refine.refine_anchored`."""
+    return anchored_result(evidence, threshold).apply(evidence.given)
 
 
-def anchored_soft(evidence: Evidence, rounds: int = 12, hidden: int = HIDDEN) -> Tensor:
-    """The posterior of the true class as soft labels."""
-    posterior = _posterior(evidence, rounds, hidden).posterior
-    assert isinstance(posterior, Tensor)
-    return posterior
+def anchored_soft(evidence: Evidence) -> Tensor:
+    """Its posterior of the true class as soft labels; the given label of an image that cannot be scored."""
+    about = anchored_result(evidence).diagnostics
+    assert isinstance(about, AnchoredDiagnostics)
+    soft = F.one_hot(evidence.given, evidence.num_classes).float()
+    if about.posteriors is not None:
+        rows, posteriors = about.posteriors()
+        soft[rows] = posteriors.float()
+    return soft
 
 
-def _posterior(evidence: Evidence, rounds: int, hidden: int) -> Posterior:
-    opinion = prototype_classes(evidence.features, evidence.synthetic, evidence.synthetic_labels, evidence.num_classes)
-    opinions = torch.from_numpy(opinion).to(evidence.given.device)
-    check_row_order(evidence.given, opinions, evidence.num_classes)
-    return anchored_posterior(
+def anchored_result(evidence: Evidence, threshold: float | str | None = None) -> Refinement:
+    """The anchored refiner's decision with what it rests on."""
+    return refine(
         evidence.features,
         evidence.given,
-        evidence.synthetic,
-        evidence.synthetic_labels,
+        refiner="anchored",
+        threshold=threshold,
+        synthetic_features=evidence.synthetic,
+        synthetic_labels=evidence.synthetic_labels,
         num_classes=evidence.num_classes,
         text_prototypes=evidence.text_prototypes,
-        second_view=evidence.logits if evidence.two_views else None,
+        second_view=second_view(evidence),
         seed=evidence.seed,
-        rounds=rounds,
-        hidden=hidden,
     )
+
+
+def second_view(evidence: Evidence) -> Tensor | None:
+    """The logits as one more annotator, where they come from something else than the features."""
+    return evidence.logits if evidence.two_views else None
 
 
 def _prototypes(evidence: Evidence) -> Tensor:

@@ -11,27 +11,13 @@ from torch.nn import functional as F
 
 from benchmarks.evidence import Evidence
 from synth_refine import class_prototypes
-from synth_refine.refine.anchored import cross_fit, standardised
+from synth_refine.refine.front import given_logits
+from synth_refine.refine.neighbours import nearest
 
-BLOCK = 1024  # rows whose neighbours are searched at once
 COMPONENTS = 128  # principal components that neighbours and heads of `ssr`, `wann` and `clipcleaner` use
 SHARPNESS = 10.0  # of neighbours' weights, exp(SHARPNESS * cosine)
 AGREEMENT = 0.8  # of `clipcleaner`: share of the largest probability that a clean label has
 NEAREST, FARTHEST = 11, 51  # smallest and largest neighbourhood of `wann`
-
-
-def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices and cosines of each row's `k` nearest other rows, nearest first, (N, K) each; exact, in blocks."""
-    directions = F.normalize(features.float(), dim=1)
-    indices, cosines = [], []
-    for start in range(0, len(directions), BLOCK):
-        cosine = directions[start : start + BLOCK] @ directions.T
-        own = torch.arange(len(cosine), device=cosine.device)
-        cosine[own, own + start] = -2.0
-        values, columns = cosine.topk(min(k, len(directions) - 1), dim=1)
-        indices.append(columns)
-        cosines.append(values)
-    return torch.cat(indices), torch.cat(cosines)
 
 
 def knn_vote(evidence: Evidence, neighbours: int = 10) -> Tensor:
@@ -98,15 +84,11 @@ def cleanlab(evidence: Evidence) -> Tensor:
     """
     from cleanlab.filter import find_label_issues  # type: ignore[import-untyped]
 
-    device = evidence.features.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(evidence.seed)
-        real, reference, _ = standardised(evidence.features.float(), evidence.synthetic.float())
-        targets = F.one_hot(evidence.given, evidence.num_classes).float()
-        nothing = reference[:0], evidence.synthetic_labels[:0]
-        opinion, _ = cross_fit(real, targets, *nothing, seed=evidence.seed)
-    issues = find_label_issues(evidence.given.cpu().numpy(), opinion.double().cpu().numpy(), n_jobs=1)
-    return torch.where(torch.from_numpy(issues).to(evidence.given.device), opinion.argmax(dim=1), evidence.given)
+    arrays = evidence.features.float(), evidence.given, evidence.synthetic.float()
+    logits, _ = given_logits(*arrays, evidence.num_classes, seed=evidence.seed, epochs=2)
+    probabilities = logits.double().softmax(dim=1)
+    issues = find_label_issues(evidence.given.cpu().numpy(), probabilities.cpu().numpy(), n_jobs=1)
+    return torch.where(torch.from_numpy(issues).to(evidence.given.device), logits.argmax(dim=1), evidence.given)
 
 
 def components(evidence: Evidence) -> Tensor:

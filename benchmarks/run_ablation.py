@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest.mock import patch
@@ -35,9 +36,9 @@ from benchmarks.evidence import Evidence
 from benchmarks.records import Record, digest, environment, read_records, weights_used, write_record
 from benchmarks.refined import Refined, first_per_class, flows, given_labels
 from benchmarks.table import figure_of, is_wide, study_table
-from synth_refine import InputError, class_prototypes, refine_labels
+from synth_refine import InputError, Refinement, class_prototypes, refine_anchored, refine_labels
 from synth_refine._io.atomic import write_atomic
-from synth_refine.scale.anchored import anchored_shards
+from synth_refine.refine.solve import AnchoredDiagnostics
 
 DISCARDED = -1
 PUBLISHED_FILTER = {"threshold": 0.8, "per_class": 300}  # of the paper's code; its iterative variant is left out
@@ -49,7 +50,7 @@ class Point:
 
     series: str  # one line of the picture
     value: float | str  # its place on the horizontal axis
-    labels: Callable[[Evidence], Tensor]  # refined labels, (N,); DISCARDED takes an image out
+    refine: Callable[[Evidence], Tensor | Refinement]  # refined labels, (N,), of which DISCARDED takes an image out
     add_synthetic: bool = False  # train on the synthetic images as well
     images: int = 0  # synthetic images per class that it needs; with fewer, the point is left out
 
@@ -93,22 +94,43 @@ def several_prototypes(evidence: Evidence, count: int) -> Tensor:
         means = KMeans(min(count, len(rows)), n_init=3, random_state=evidence.seed).fit(rows).cluster_centers_
         centres.append(torch.from_numpy(np.resize(means, (count, means.shape[1]))).to(evidence.features))
     prototypes = torch.cat(centres)  # (C * count, D)
-    unused_logits = torch.zeros(len(evidence.features), len(prototypes), device=evidence.features.device)
-    decision = refine_labels(evidence.features, unused_logits, prototypes, -1.0, weight=1.0)
-    return torch.as_tensor(decision.labels) // count
+    return torch.as_tensor(refine_labels(evidence.features, None, prototypes, -1.0, weight=1.0).proposed) // count
+
+
+def tuned(evidence: Evidence, **options: Any) -> Tensor:
+    """The anchored refiner with options that only a study turns."""
+    return refine_anchored(
+        evidence.features,
+        evidence.given,
+        evidence.synthetic,
+        evidence.synthetic_labels,
+        num_classes=evidence.num_classes,
+        text_prototypes=evidence.text_prototypes,
+        second_view=refiners.second_view(evidence),
+        seed=evidence.seed,
+        **options,
+    ).apply(evidence.given)
 
 
 def over_shards(evidence: Evidence, *, sort: bool = False) -> Tensor:
     """The anchored refiner over files, in shards and buckets of 4,096 rows; with `sort` in the given labels' order."""
+    from synth_refine.scale.shards import refine_shards
+
     order = evidence.given.argsort() if sort else torch.arange(len(evidence.given))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         np.save(root / "features.npy", evidence.features[order].cpu().numpy())
         np.save(root / "given.npy", evidence.given[order].cpu().numpy())
-        paths = (root / "features.npy", root / "given.npy")
-        anchors = (evidence.synthetic.cpu().numpy(), evidence.synthetic_labels.cpu().numpy())
-        with patch("synth_refine.scale.anchored.BUCKET_ROWS", 4096):  # several of them, as with millions of images
-            anchored_shards(*paths, *anchors, root / "out", seed=evidence.seed, shard_rows=4096)
+        with patch("synth_refine.refine.rows.BUCKET_ROWS", 4096):  # several of them, as with millions of images
+            refine_shards(
+                root / "features.npy",
+                root / "given.npy",
+                root / "out",
+                synthetic_features=evidence.synthetic.cpu().numpy(),
+                synthetic_labels=evidence.synthetic_labels.cpu().numpy(),
+                seed=evidence.seed,
+                shard_rows=4096,
+            )
         labels = evidence.given.clone()
         labels[order] = torch.from_numpy(np.load(root / "out" / "labels.npy", allow_pickle=False)).to(labels)
     return labels
@@ -120,7 +142,7 @@ def modality(evidence: Evidence, source: str) -> Tensor:
         raise InputError("study: expected an encoder that reads text for modality, such as encoder=glyph-clip")
     images = class_prototypes(evidence.synthetic, evidence.synthetic_labels, evidence.num_classes, normalize=True)
     choices = {"text": evidence.text_prototypes, "image": images, "both": images + evidence.text_prototypes}
-    decision = refine_labels(evidence.features, torch.zeros_like(evidence.logits), choices[source], -1.0, weight=1.0)
+    decision = refine_labels(evidence.features, None, choices[source], -1.0, weight=1.0)
     return decision.apply(evidence.given)
 
 
@@ -154,6 +176,7 @@ STUDIES: dict[str, Study] = {
     "refiners": [
         Point("", name, refine) for name, refine in refiners.REFINERS.items() if name not in refiners.SOFT_REFINERS
     ],
+    "estimates": [Point("", "anchored", refiners.anchored_result)],
     "threshold": [
         Point("paper", value, partial(refiners.paper, threshold=value)) for value in (0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     ],
@@ -170,9 +193,9 @@ STUDIES: dict[str, Study] = {
     "centring": [
         Point(name, how, on(place, refine)) for name, refine in SIMPLE.items() for how, place in PLACES.items()
     ],
-    "rounds": [Point("anchored", value, partial(refiners.anchored, rounds=value)) for value in (1, 2, 4, 8, 12, 16)],
+    "rounds": [Point("anchored", value, partial(tuned, rounds=value)) for value in (1, 2, 4, 8, 12, 16)],
     "head": [
-        Point("anchored", name, partial(refiners.anchored, hidden=units))
+        Point("anchored", name, partial(tuned, hidden=units))
         for name, units in {"linear": 0, "64 hidden": 64, "256 hidden": 256, "1024 hidden": 1024}.items()
     ],
     "views": [  # two where the encoder is a frozen one and the initial classifier sees pixels
@@ -200,8 +223,11 @@ def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any
     """Refine with one setting and, where the study asks for it, train."""
     task, truth = refined.benchmark.task, refined.benchmark.true_labels
     start = time.perf_counter()
-    labels = point.labels(refined.evidence)
+    result = point.refine(refined.evidence)
     entry: Record = {"series": point.series, "value": point.value, "refine_seconds": time.perf_counter() - start}
+    if isinstance(result, Refinement):
+        entry["estimates"] = estimates(result)
+    labels = result.apply(task.train.labels) if isinstance(result, Refinement) else result
     keep = labels != DISCARDED
     entry["kept"] = int(keep.sum())
     entry["labels"] = flows(task.train.labels[keep], labels[keep], None if truth is None else truth[keep])
@@ -214,6 +240,15 @@ def measure(study: str, point: Point, refined: Refined, config: Mapping[str, Any
         options = config["methods"].get("standard") or {}
         entry["test_accuracy"] = ADAPTERS["standard"](kept, labels, options, refined.given.seed).test_accuracy
     return entry
+
+
+def estimates(result: Refinement) -> Record:
+    """What the anchored refiner estimates: fraction, and both ends of its interval; None where it gives no estimate."""
+    assert isinstance(result.diagnostics, AnchoredDiagnostics)
+    found = asdict(result.diagnostics.estimates)
+    return {
+        name: None if isnan(one["value"]) else [one["value"], one["low"], one["high"]] for name, one in found.items()
+    }
 
 
 def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) -> Record:
@@ -285,12 +320,17 @@ def picture(records: Sequence[Record], path: Path) -> None:
     pyplot.close(fig)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the studies. Exit code 0 when all is done, 3 for bad input, 130 when stopped by Ctrl-C."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="threshold", help=f"comma-separated: {', '.join(STUDIES)}")
     add_common(parser)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the studies. Exit code 0 when all is done, 3 for bad input, 130 when stopped by Ctrl-C."""
+    options = parse(arguments)
     try:
         studies = options.study.split(",")
         for study in studies:

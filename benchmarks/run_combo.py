@@ -12,12 +12,16 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +110,31 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Record]:
-    """Yield the record of every run, in order; those that have one are not run again."""
+    """Yield the record of every run, in order; those that have one are not run again.
+
+    Where the config has `jobs`, that many sets of given labels are worked on at once on the CPU, a process each.
+    """
+    groups = [list(group) for _, group in groupby(runs, key=lambda run: run.labels)]
+    jobs = min(config.get("jobs", 1), len(groups))
+    if jobs == 1 or arguments.device != "cpu" or processes()[1] > 1 or all(run.path.exists() for run in runs):
+        yield from _execute_here(runs, config, arguments)
+        return
+    share = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (share,)) as pool:
+        for records in pool.map(_execute_group, groups, repeat(config), repeat(arguments)):
+            yield from records
+
+
+def _start_worker(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word
+    torch.set_num_threads(threads)
+
+
+def _execute_group(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Record]:
+    return list(_execute_here(runs, config, arguments))
+
+
+def _execute_here(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Record]:
     refined: Refined | None = None
     for run in runs:
         if from_first(torch.tensor(run.path.exists(), device=arguments.device)):
@@ -160,7 +188,8 @@ def _execute_one(run: Run, refined: Refined, device: str) -> Record:
     return record
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -176,7 +205,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark. Exit code 0 when all is done, 3 for bad input, 130 when stopped by Ctrl-C."""
-    options = _parse(arguments)
+    options = parse(arguments)
     try:
         config = resolve_config(options)
         runs = plan(config, options)
@@ -200,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, BrokenExecutor) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     if first:

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ CLASSES = (10, 100, 1_000, 10_000)  # at 1,000,000 images of 64 features
 RIVAL_SIZE = (200_000, 256, 1_000)  # cleanlab's: images, features, classes
 ANCHORED_SIZES = [(100_000, 64, 100), (1_000_000, 64, 100)]
 ANCHORED_ROUNDS = 2  # each takes as long as the next one
+RIVALS = {
+    "refine_shards": "ours",
+    "cleanlab find_label_issues": "cleanlab_whole",
+    "cleanlab find_label_issues_batched": "cleanlab_batched",
+}
+TIMES_OURS = {"seconds": "seconds", "memory": "peak_megabytes"}
 BLOCK = 1 << 16
 THRESHOLD = 0.5
 
@@ -206,79 +213,59 @@ def scale(scratch: Path, largest: int = ROWS[-1], threads: int = 1) -> dict[str,
     """
     sizes = [(rows, 256, 1_000) for rows in ROWS if rows <= largest]
     sizes += [(min(1_000_000, largest), 64, classes) for classes in CLASSES]
-    tables: dict[str, list[dict[str, Any]]] = {"scale": [], "scale_resume": [], "scale_ray": [], "scale_rivals": []}
-    for rows, width, classes in sizes:
-        folder = scratch / f"{rows}-{width}-{classes}"
-        make_arrays(folder, rows, width, classes)
-        figures = measured("refine", folder, threads)
-        about = {"images": rows, "features": width, "classes": classes}
-        tables["scale"].append(
-            {
+    names = ("scale", "scale_resume", "scale_ray", "scale_anchored", "scale_rivals")
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    row: dict[str, Any]
+    for size in sizes:
+        about = dict(zip(("images", "features", "classes"), size, strict=True))
+        with _folder(scratch) as folder:
+            make_arrays(folder, *size)
+            figures = measured("refine", folder, threads)
+            taken, peak = figures["seconds"], round(figures["peak_megabytes"])
+            row = {
                 **about,
-                "seconds": figures["seconds"],
-                "images_per_second": round(rows / figures["seconds"]),
-                "shards_per_second": figures["shards"] / figures["seconds"],
-                "share_of_matmul_speed": figures["bare_seconds"] / figures["seconds"],
-                "peak_megabytes": round(figures["peak_megabytes"]),
-                **_growth(tables["scale"], about, figures),
+                "seconds": taken,
+                "images_per_second": round(size[0] / taken),
+                "shards_per_second": figures["shards"] / taken,
+                "share_of_matmul_speed": figures["bare_seconds"] / taken,
+                "peak_megabytes": peak,
             }
-        )
-        if (rows, width) == sizes[-1][:2] and classes == 1_000:
+            tables["scale"].append({**row, **_growth(tables["scale"], about, figures)})
+            if size != (*sizes[-1][:2], 1_000):
+                continue
             again = measured("resume", folder, threads)
-            tables["scale_resume"].append(
-                {
-                    **about,
-                    "shards": int(figures["shards"]),
-                    "seconds": figures["seconds"],
-                    "again_all_done_seconds": again["seconds"],
-                    "again_one_lost_seconds": again["one_lost_seconds"],
-                }
-            )
+            row = {**about, "shards": int(figures["shards"]), "seconds": taken}
+            row |= {"again_all_done_seconds": again["seconds"], "again_one_lost_seconds": again["one_lost_seconds"]}
+            tables["scale_resume"].append(row)
             ray = measured("on_ray", folder, threads)
-            tables["scale_ray"].append(
-                {
-                    **about,
-                    "shards": math.ceil(rows / (SHARD_ROWS // 8)),
-                    "loop_seconds": ray["seconds"],
-                    "ray_seconds": ray["ray_seconds"],
-                    "ray_seconds_with_its_start": ray["ray_seconds_with_start"],
-                }
-            )
-        shutil.rmtree(folder)
-    tables["scale_anchored"] = []
+            row = {**about, "shards": math.ceil(size[0] / (SHARD_ROWS // 8)), "loop_seconds": ray["seconds"]}
+            row |= {"ray_seconds": ray["ray_seconds"], "ray_seconds_with_its_start": ray["ray_seconds_with_start"]}
+            tables["scale_ray"].append(row)
     for rows, width, classes in ANCHORED_SIZES:
-        folder = scratch / f"anchored-{rows}"
-        make_classes(folder, min(rows, largest), width, classes)
-        figures = measured("anchored", folder, threads)
         about = {"images": min(rows, largest), "features": width, "classes": classes}
-        changed = {"rounds": int(figures["rounds"]), "changed": round(figures["changed"] / about["images"], 3)}
+        with _folder(scratch) as folder:
+            make_classes(folder, *about.values())
+            figures = measured("anchored", folder, threads)
+        row = {**about, "rounds": int(figures["rounds"]), "changed": round(figures["changed"] / about["images"], 3)}
         cost = {"seconds": figures["seconds"], "peak_megabytes": round(figures["peak_megabytes"])}
-        tables["scale_anchored"].append({**about, **changed, **cost})
-        shutil.rmtree(folder)
-    rows, width, classes = RIVAL_SIZE
-    rows = min(rows, largest)
-    folder = scratch / "rivals"
-    make_arrays(folder, rows, width, classes, logits=True)
-    own = measured("ours", folder, threads)
-    for method, name in (
-        ("refine_shards", "ours"),
-        ("cleanlab find_label_issues", "cleanlab_whole"),
-        ("cleanlab find_label_issues_batched", "cleanlab_batched"),
-    ):
-        figures = own if name == "ours" else measured(name, folder, threads)
-        tables["scale_rivals"].append(
-            {
-                "method": method,
-                "images": rows,
-                "classes": classes,
-                "seconds": figures["seconds"],
-                "peak_megabytes": round(figures["peak_megabytes"]),
-                "times_our_seconds": figures["seconds"] / own["seconds"],
-                "times_our_memory": figures["peak_megabytes"] / own["peak_megabytes"],
-            }
-        )
-    shutil.rmtree(folder)
+        tables["scale_anchored"].append({**row, **cost})
+    rows, width, classes = min(RIVAL_SIZE[0], largest), *RIVAL_SIZE[1:]
+    with _folder(scratch) as folder:
+        make_arrays(folder, rows, width, classes, logits=True)
+        found = {method: measured(name, folder, threads) for method, name in RIVALS.items()}
+    own = found["refine_shards"]
+    for method, figures in found.items():
+        row = {"method": method, "images": rows, "classes": classes, "seconds": figures["seconds"]}
+        row |= {"peak_megabytes": round(figures["peak_megabytes"])}
+        row |= {f"times_our_{what}": figures[key] / own[key] for what, key in TIMES_OURS.items()}
+        tables["scale_rivals"].append(row)
     return tables
+
+
+@contextmanager
+def _folder(scratch: Path) -> Iterator[Path]:
+    yield scratch / "arrays"
+    shutil.rmtree(scratch / "arrays")
 
 
 def _growth(before: list[dict[str, Any]], about: dict[str, int], figures: dict[str, float]) -> dict[str, float | str]:

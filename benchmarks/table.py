@@ -105,18 +105,20 @@ def study_table(records: Sequence[Record]) -> str:
 
 def estimates_table(records: Sequence[Record]) -> str:
     """What the refiner estimates without true labels beside what is true, a row per set of given labels and seed."""
-    parts = ("noise_before", "noise_after", "wrong_changes")
-    header = [f"{part.replace('_', ' ')}{what}" for part in parts for what in (": estimated", ", true")]
-    rows = [["estimates", *header]]
+    rows = [["estimates: wrong labels", "before", "true", "after", "true", "wrong changes", "true"]]
     for record in records:
         [point] = record["points"]
         labels, row = point["labels"], [record["noise"]]
         changed_wrongly = labels["right_to_wrong"] + labels["wrong_to_wrong"]
-        true = {**labels, "wrong_changes": changed_wrongly / labels["changed"] if labels["changed"] else None}
-        for part in parts:
-            low_high = point["estimates"].get(f"{part}_interval")
-            interval = "" if low_high is None else f" ({low_high[0]:.3f} to {low_high[1]:.3f})"
-            row += [f"{_three(point['estimates'][part])}{interval}", _three(true[part])]
+        true = {
+            "before": labels["noise_before"],
+            "after": labels["noise_after"],
+            "wrong_changes": changed_wrongly / labels["changed"] if labels["changed"] else None,
+        }
+        for name, figure in true.items():
+            found = point["estimates"][name]
+            row.append("none" if found is None else f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})")
+            row.append("none" if figure is None else f"{figure:.3f}")
         rows.append(row)
     return markdown(rows)
 
@@ -167,10 +169,6 @@ def _figure(value: float | str) -> str:
     if isinstance(value, bool | str):
         return value if isinstance(value, str) else "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-
-
-def _three(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.3f}"
 
 
 def _mean(rows: Sequence[Mapping[str, float]], key: str) -> float:

@@ -157,7 +157,7 @@ def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, lis
 
 def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
     """Write an artifact, but never over another one."""
-    check_free(options.out, artifact)
+    check_free(options.out, artifact.run)
     if not options.dry_run:
         write_artifact(options.out, artifact)
     known = {name: one and one.value for name, one in estimates.items()}

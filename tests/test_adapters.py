@@ -174,6 +174,15 @@ def test_empty_validation_has_no_best_epoch(task: Task, kind: str) -> None:
     assert initial_classifier(without, options | {"select": "last"}, 0).epoch == 2
 
 
+def test_the_loss_of_standard_training_is_an_argument(task: Task, kind: str) -> None:
+    def twice(logits: Tensor, labels: Tensor) -> Tensor:
+        return 2 * torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    options = QUICK | NETWORK[kind] | {"lr": 1e-6}  # the first epoch's loss is then that of the fresh network
+    usual, doubled = (run(task, task.train.labels, options, 0, loss_of=loss).history[0] for loss in (None, twice))
+    assert doubled["loss"] == pytest.approx(2 * usual["loss"], rel=1e-4)
+
+
 def test_ties_go_to_the_earliest_epoch() -> None:
     history = [
         {"noisy_validation": 0.2, "clean_validation": 0.9, "test": 0.1},

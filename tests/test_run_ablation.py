@@ -24,6 +24,25 @@ def test_a_study_has_a_record_a_table_and_a_picture(name, arrays, tmp_path, caps
     assert (tmp_path / "blobs" / "ablation" / f"{name}.png").stat().st_size > 1000
 
 
+def test_estimates_are_recorded_beside_the_truth(arrays, tmp_path, capsys):
+    assert run_ablation.main(study("estimates", arrays, tmp_path, "--noise", "uniform-0.4")) == 0
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line[0].strip() for line in lines[2:]] == ["confused", "uniform-0.4"]
+    for record, line in zip(read_records([tmp_path / "blobs" / "ablation"]), lines[2:], strict=True):
+        [point] = record["points"]
+        labels, estimated = point["labels"], point["estimates"]
+        for name in ("before", "after"):
+            value, low, high = estimated[name]
+            assert low <= value <= high
+            assert abs(value - labels[f"noise_{name}"]) < 0.1
+        moved = sum(labels[way] for way in ("wrong_to_right", "right_to_wrong", "wrong_to_wrong"))
+        assert moved == labels["changed"] > 20
+        wrong = (labels["right_to_wrong"] + labels["wrong_to_wrong"]) / labels["changed"]
+        shown = [f"{labels['noise_before']:.3f}", f"{labels['noise_after']:.3f}", f"{wrong:.3f}"]
+        assert [cell.strip() for cell in line[2::2]] == shown
+        assert line[1].strip() == "{:.3f} ({:.3f} to {:.3f})".format(*estimated["before"])
+
+
 def test_a_killed_study_goes_on_at_its_next_setting(arrays, tmp_path, monkeypatch, capsys):
     counted = []
     original = run_ablation.measure
@@ -74,7 +93,7 @@ def test_studies_that_cannot_run_say_why(arrays, tmp_path, capsys):
     assert run_ablation.main(study("modality", arrays, tmp_path)) == 3
     assert "error: study: expected an encoder that reads text" in capsys.readouterr().err
     assert run_ablation.main(study("luck", arrays, tmp_path)) == 3
-    assert "error: study: expected one of refiners, threshold" in capsys.readouterr().err
+    assert "error: study: expected one of refiners, estimates" in capsys.readouterr().err
 
 
 def test_every_refiner_but_the_soft_ones_is_compared():

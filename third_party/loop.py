@@ -23,13 +23,16 @@ from third_party.resnet import Classifier
 Measure = Callable[[Classifier], Mapping[str, float]]
 """Figures of a network in evaluation mode, by name; whoever writes it knows labels that the loop must not see."""
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""The loss of each image, (B,), from logits, (B, C), and labels, (B,) or (B, C)."""
+
 CHECKPOINT_SECONDS = 15.0
 """Least time between two checkpoints; a killed run repeats no more than that and one epoch."""
 
 
 @contextmanager
 def seeded(device: torch.device, *seed: int) -> Iterator[None]:
-    """Random numbers that depend on `seed` alone; the caller's generators go on as if nothing had been drawn.
+    """Random numbers that depend on `seed` alone; the caller's generators are left as they were.
 
     Example:
         >>> with seeded(torch.device("cpu"), 0, 7):
@@ -63,8 +66,13 @@ def take_batch(inputs: Tensor, rows: Tensor, crop_padding: int, flip: bool, plac
     return batch
 
 
-def batch_loss(logits: Tensor, targets: Tensor, batch_rows: int) -> Tensor:
-    """This process's part of the mean cross-entropy of a batch of `batch_rows`, of which it may hold some or none."""
+def batch_loss(logits: Tensor, targets: Tensor, batch_rows: int, loss: Loss | None = None) -> Tensor:
+    """This process's part of the mean loss of a batch of `batch_rows`, of which it may hold some or none.
+
+    The loss is the cross-entropy unless another one is given.
+    """
+    if loss is not None:
+        return loss(logits, targets).sum() / batch_rows
     if len(logits) == batch_rows:
         return F.cross_entropy(logits, targets)
     return F.cross_entropy(logits, targets, reduction="sum") / batch_rows
@@ -135,7 +143,7 @@ class Progress:
         self.path = path
         self.written = time.monotonic()
         settings = asdict(config)
-        settings.pop("compiled", None)  # a run may go on with it or without
+        settings.pop("compiled", None)  # a run may be resumed with it or without
         self.run = {
             "method": method,
             "seed": seed,

@@ -316,7 +316,7 @@ class _Objective(nn.Module):
     """The loss in one call, as several processes need it."""
 
     def __init__(self, network: LabelDiffusion, embedded: bool) -> None:
-        """With `embedded` the inputs are the image encoder's answers already."""
+        """With `embedded` the inputs are the image encoder's outputs already."""
         super().__init__()
         self.network, self.embedded = network, embedded
 
@@ -423,7 +423,7 @@ def train(
         measure: Called after every `measure_every` epochs and the last one; its figures go into the history.
         seed: Same seed, same result on the CPU; 0 or more.
         neighbours: What `nearest` found for these features and this config, if it has been done; (N, K).
-        checkpoint: Safetensors file to write to, and to go on from where it exists, with the same result.
+        checkpoint: Safetensors file to write to, and to resume from where it exists, with the same result.
 
     Raises:
         ValueError: Arguments do not fit each other, or the loss is no number any more.
@@ -435,7 +435,7 @@ def train(
     neighbours = from_first(neighbours)  # of equally near ones each process may have found others
     network.image_encoder.requires_grad_(config.train_image_encoder)
     untrained = not config.train_image_encoder and config.encoder_eval_mode
-    # Without augmentation its answers are the same in every epoch.
+    # Without augmentation its outputs are the same in every epoch.
     embedded = untrained and (inputs.ndim == 2 or not (config.crop_padding or config.flip))
     objective = parallel(_Objective(network, embedded), device, config.compiled)
     trained = [network.denoiser, network.image_encoder] if config.train_image_encoder else [network.denoiser]

@@ -135,7 +135,7 @@ def train(
         config: The recipe.
         measure: Called with the model after every epoch; its figures go into the history.
         seed: Same seed, same result on the CPU; 0 or more.
-        checkpoint: Safetensors file to write to, and to go on from where it exists, with the same result.
+        checkpoint: Safetensors file to write to, and to resume from where it exists, with the same result.
 
     Raises:
         ValueError: Inputs, labels, a switch or the checkpoint do not fit, or the loss is not finite any more.

@@ -125,7 +125,7 @@ def resnet_small(
 
 
 class FeatureHead(Classifier):
-    """Two linear layers on the features of a frozen encoder, complete with their standardisation.
+    """Two linear layers on the features of a frozen encoder, which they standardize first.
 
     Args:
         num_classes: C.
@@ -153,8 +153,8 @@ class FeatureHead(Classifier):
 
     def features(self, inputs: Tensor) -> Tensor:
         """Hidden units after ReLU, (N, K), of features (N, D)."""
-        standardised = (inputs.to(self.mean.dtype) - self.mean) / self.std
-        hidden: Tensor = self.dropout(F.relu(self.hidden(standardised)))
+        standardized = (inputs.to(self.mean.dtype) - self.mean) / self.std
+        hidden: Tensor = self.dropout(F.relu(self.hidden(standardized)))
         return hidden
 
 

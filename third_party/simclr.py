@@ -185,7 +185,7 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
         images: (N, 3, H, W) uint8, two or more.
         config: The recipe.
         seed: Same seed, same encoder on the CPU; 0 or more.
-        checkpoint: Safetensors file to write to, and to go on from where it exists, with the same result.
+        checkpoint: Safetensors file to write to, and to resume from where it exists, with the same result.
 
     Raises:
         ValueError: Images or checkpoint do not fit, or the loss is no number any more.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from third_party.loop import (
+    Loss,
     Measure,
     Progress,
     batch_loss,
@@ -72,7 +73,7 @@ class Result:
 def learning_rate(config: Config, epoch: int, step: int, steps: int) -> float:
     """Learning rate of one update.
 
-    The ramp is linear and starts at zero. With `warmup_overshoot` it goes on for one epoch more than it was made for,
+    The ramp is linear and starts at zero. With `warmup_overshoot` it lasts one epoch longer than intended,
     and the milestones count from where it ends: 0.2 from epoch 2, 0.04 from 62, 0.008 from 122, 0.0016 from 162 where
     the recipe says 0.1 from epoch 1, 0.02 from 60, 0.004 from 120, 0.0008 from 160.
 
@@ -104,8 +105,9 @@ def train(
     seed: int,
     checkpoint: Path | None = None,
     keep_best: str | None = None,
+    loss_of: Loss | None = None,
 ) -> Result:
-    """Minimise the cross-entropy with SGD.
+    """Minimise the cross-entropy, or another loss, with SGD.
 
     Several processes that torchrun started and that have joined a process group share every batch: `batch_size` is that
     of all together, and each calls this with the same arguments but for the device.
@@ -117,8 +119,9 @@ def train(
         config: The recipe.
         measure: Called with the model after every epoch; its figures go into the history.
         seed: Same seed, same result on the CPU; 0 or more.
-        checkpoint: Safetensors file to write to, and to go on from where it exists, with the same result.
+        checkpoint: Safetensors file to write to, and to resume from where it exists, with the same result.
         keep_best: Measured figure whose best epoch gives `Result.best_weights`.
+        loss_of: What to minimise; None is the cross-entropy.
 
     Raises:
         ValueError: Inputs, labels or checkpoint do not fit, or the loss is not finite any more.
@@ -137,7 +140,8 @@ def train(
     history: list[dict[str, float]] = []
     best_epoch: int | None = None
     best_weights: dict[str, Tensor] | None = None
-    progress = Progress(checkpoint, "standard", config, seed, inputs, labels, keep_best=keep_best)
+    loss_name = getattr(loss_of, "__name__", type(loss_of).__name__)
+    progress = Progress(checkpoint, "standard", config, seed, inputs, labels, keep_best=keep_best, loss=loss_name)
     if state := progress.load(model, optimiser):
         history, best_epoch, best_weights = state["history"], state["best_epoch"], state["best_weights"]
 
@@ -153,7 +157,7 @@ def train(
                 set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     logits = network(batch)
-                loss = batch_loss(logits.float(), labels.index_select(0, rows[places]), len(rows))
+                loss = batch_loss(logits.float(), labels.index_select(0, rows[places]), len(rows), loss_of)
                 optimiser.zero_grad()
                 (loss * count).backward()  # type: ignore[no-untyped-call]  # averaged over processes, that is the sum
                 optimiser.step()

@@ -289,7 +289,7 @@ def write_artifact(folder: str | os.PathLike[str], artifact: Artifact, *, lock: 
     if artifact.ids is not None:
         contents["ids.csv"] = csv_bytes({"id": artifact.ids})
     with locked(root) if lock else nullcontext():
-        check_free(root, artifact)
+        check_free(root, artifact.run)
         write_files(root, {name: partial(_put, data) for name, data in contents.items()}, artifact.run)
 
 
@@ -315,8 +315,12 @@ def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]]
     _settle(root)
 
 
-def check_free(folder: str | os.PathLike[str], artifact: Artifact) -> None:
+def check_free(folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
     """Refuse a folder of something else, or of another artifact, which alone can revert what it was applied to.
+
+    Args:
+        folder: Where an artifact is to be written.
+        run: Its `Artifact.run`; None where that is not known yet.
 
     Raises:
         InputError: As said; the message names what differs.
@@ -327,9 +331,11 @@ def check_free(folder: str | os.PathLike[str], artifact: Artifact) -> None:
         if (other := next(found, None)) is not None:
             raise InputError(f"folder: expected an artifact or an empty folder, but {root} holds {other}")
         return
+    if run is None:
+        return
     there = _read_run(root)
-    for name in sorted((artifact.run.keys() | there.keys()) - {"versions", "files"}):
-        if json.dumps(there.get(name), sort_keys=True) != json.dumps(artifact.run.get(name), sort_keys=True):
+    for name in sorted((run.keys() | there.keys()) - {"versions", "files"}):
+        if json.dumps(there.get(name), sort_keys=True) != json.dumps(run.get(name), sort_keys=True):
             raise InputError(
                 f"folder: expected the same artifact as in {root}, got other {name}; without that one, what it was "
                 "applied to cannot be reverted: choose another folder"

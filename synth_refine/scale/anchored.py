@@ -181,8 +181,8 @@ class Anchored:
                 store.note(f"scratch/{name}", file_hash(folder / name))
             saved = steps.save("frame", Saved(frame.tensors(), {"ends": ends, "width": frame.width}))
         tensors = saved.tensors
-        names = ("center", "scale", "synthetic_center", "synthetic_scale")
-        center, scale, synthetic_center, synthetic_scale = (tensors[name] for name in names)
+        order = ("center", "scale", "synthetic_center", "synthetic_scale")
+        center, scale, synthetic_center, synthetic_scale = (tensors[name] for name in order)
         frame = Frame(center, scale, synthetic_center, synthetic_scale, tensors.get("columns"))
         rows = DiskRows(folder, saved.info["ends"], saved.info["width"], has_view, 0.0, bar)
         if (near := steps.load("near")) is None:

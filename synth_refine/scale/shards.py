@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import Array, InputError
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
+from synth_refine.labels.artifact import check_free
 from synth_refine.refine import front
 from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.scale.anchored import Anchored, prepare_anchored
@@ -44,6 +46,8 @@ from synth_refine.scale.tables import (
     shard_table,
     shards_sample,
 )
+
+WORK = ("steps/", "scratch/")  # what is kept until the shards are there
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def refine_shards(
     shards = cut_shards(features, given, logits if refiner == "paper" else second_view, shard_rows)
     warnings = _doubts(features, given, synthetic_features, synthetic_labels, prototypes, num_classes)
     root = make_folder("out", out)
+    check_free(root)
     if refiner == "anchored":
         if engine != "local":
             raise InputError("engine: the anchored refiner trains in one process, expected local, got ray")
@@ -171,6 +176,9 @@ def refine_shards(
             _fill(store, todo, partial(score_shard, rule), engine, address, progress, len(shards))
         elif todo:
             found = _solved(store, todo, plan, progress, len(shards))
+        store.drop([name for name in store.entries if name.startswith(WORK)])
+        for folder in WORK:
+            shutil.rmtree(store.root / folder, ignore_errors=True)
         store.finish([shard.name for shard in shards])
         lines = [store.entries[shard.name] for shard in shards]
         write_from_shards(root, store.root, shards, classes, settings, inputs)
@@ -206,11 +214,7 @@ def _solved(store: Store, todo: list[Shard], plan: Anchored, progress: bool, tot
     """The shards that are missing by the anchored refiner, whose steps are kept in the store until they are there."""
     with plan.solved(store, progress) as solved:
         _fill(store, todo, solved.scores, "local", None, progress, total)
-        found = solved.diagnostics
-    store.drop([name for name in store.entries if name.startswith(("steps/", "scratch/"))])
-    for folder in ("steps", "scratch"):
-        (store.root / folder).rmdir()
-    return found
+        return solved.diagnostics
 
 
 def _fill(
