@@ -78,7 +78,7 @@ class Summary:
         found = {}
         for name, value in vars(self).items():
             text = f"{value:.3f}" if isinstance(value, float) else str(value)
-            text = "; ".join(value) if isinstance(value, tuple) else text
+            text = "; ".join(value) or "none" if isinstance(value, tuple) else text
             found[name.replace("_", " ")] = "not estimated" if value is None else text
         return found
 
@@ -326,7 +326,7 @@ def evidence_of(
         threshold=limits[np.isfinite(limits)].tolist() or None,
         sweep=[page.taken_from(page.SweepRow, row) for row in getattr(known, "sweep", ())],
         quality=page.taken_from(page.Quality, prototype_quality(reference, intended, len(real.images.classes))),
-        notes={name: text for name, text in summary.lines().items() if name in NOTES and text},
+        notes={name: text for name, text in summary.lines().items() if name in NOTES},
     )
 
 

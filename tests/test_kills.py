@@ -24,7 +24,7 @@ from synth_refine.synthetic.glyphs import Glyphs
 from synth_refine.synthetic.jobs import Job
 
 CLASSES = "AOX"
-POINTS = 16
+POINTS = 12
 """Steps at which each command is stopped; a prime stride spreads them over its kinds of steps."""
 
 COMMANDS = {
