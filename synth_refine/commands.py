@@ -102,6 +102,7 @@ def _embed(options: Namespace) -> int:
 def _refine(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
+    check_free(settings.out)
     features = read_npy("features", settings.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(settings.given, key=settings.key)
@@ -118,7 +119,9 @@ def _refine(options: Namespace) -> int:
         settings=pipeline.recorded(settings, "refine", result) | named,
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
-        _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
+        _say(
+            f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases, such as PLC, refuse such labels"
+        )
     return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
 
 
@@ -311,8 +314,8 @@ def _dtype(path: str) -> np.dtype[Any]:
 
 
 def _counts(artifact: Artifact) -> dict[str, int]:
-    undecided = int((artifact.action == "abstain").sum())
-    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": undecided}
+    abstained = int((artifact.action == "abstain").sum())
+    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": abstained}
 
 
 def _show(result: Mapping[str, object]) -> None:

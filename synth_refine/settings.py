@@ -232,7 +232,7 @@ def check_entries(command: str, entries: Mapping[str, Any], source: str = "") ->
         if not (value is None and known[name].default is None) and not fits(known[name], value):
             raise InputError(f"{name}: expected {expected(known[name])}, got {shorten(value)}{where}")
     if fault := usage_fault(command, entries):
-        raise InputError(f"{command}: {fault}{where}")
+        raise InputError(f"{'config' if source else 'settings'}: {fault}{where}")
 
 
 def shorten(value: object) -> str:
