@@ -119,9 +119,7 @@ def _refine(options: Namespace) -> int:
         settings=pipeline.recorded(settings, "refine", result) | named,
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
-        _say(
-            f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases, such as PLC, refuse such labels"
-        )
+        _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases refuse such labels")
     return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
 
 
