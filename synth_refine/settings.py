@@ -33,8 +33,6 @@ WAYS = {
 """The ways in which a command can go, as messages name them; see `ways`."""
 
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
-
-
 STORED = ".npy, for scale also a folder of shards"
 GIVEN = f"the labels as given: {STORED}, for refine also .csv with id, or CIFAR-N's .pt"
 CLASSES = "class names, or folder names with what prompts call them; refine records them for apply --images"
@@ -306,6 +304,6 @@ def resolved(entries: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(entries)
     for name in ("images", "classes", "synthetic", "encoder", "weights", "logits", "text_prototypes", "out", "model"):
         value = found.get(name)
-        if value and (name == "out" or Path(value).exists() or bool(glob(value))):
+        if value and value != "glyphs" and (name == "out" or Path(value).exists() or bool(glob(value))):
             found[name] = str(Path(value).absolute())
     return found
