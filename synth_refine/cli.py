@@ -23,7 +23,10 @@ from synth_refine.settings import expected, fits, flag, kind_of, of_command, usa
 
 FINE, BAD_INPUT = 0, 3
 
-FORMATS = ("plc", "lra", "dividemix", "unicon", "cifar-n", "kv", "imagefolder", "csv", "jsonl", "parquet", "cleanlab")
+FORMATS = (
+    *("plc", "lra", "dividemix", "unicon", "cifar-n", "ssr", "npy", "json", "pt"),
+    *("kv", "imagefolder", "csv", "jsonl", "parquet", "cleanlab"),
+)
 """Those of `synth_refine.labels.export.FORMATS`."""
 
 TREE = (
@@ -200,6 +203,8 @@ def _parser() -> ArgumentParser:
     export.add_argument("--out", required=True, metavar="FILE", help="file to write; some codebases prescribe its name")
     export.add_argument("--fill", metavar="FILE", help="labels of all images, to fill up what was not refined")
     export.add_argument("--truncate", action="store_true", help="drop the labels that the codebase does not read")
+    export.add_argument("--overwrite", action="store_true", help="replace another file, which is kept beside as .bak")
+    export.add_argument("--force", action="store_true", help="take labels unlike those of --fill or --clean-label")
     export.add_argument(
         "--clean-label", metavar="FILE", help="cifar-n: the labels its loader compares with the data set"
     )

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import pipeline
-from synth_refine._io.atomic import check_folder, file_hash
+from synth_refine._io.atomic import check_folder, file_hash, write_atomic
 from synth_refine._io.check import InputError, check_array, check_turned
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.untrusted import read_npy
@@ -34,7 +33,7 @@ from synth_refine.labels.artifact import (
     write_artifact,
 )
 from synth_refine.labels.export import export
-from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
+from synth_refine.labels.files import label_bytes, read_labels, read_labels_and_ids
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
 from synth_refine.refine.estimates import Estimate
@@ -219,24 +218,18 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
     if Path(options.out).exists() and Path(options.out).samefile(options.labels):
         raise InputError(f"out: expected another file than the labels read, got {options.out}")
     names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
-    _check_free(options.out, labels, names)
+    out = Path(options.out)
+    if out.is_dir():
+        raise InputError(f"out: expected a file to write, got a folder: {out}")
+    data = label_bytes(out, labels, names, dtype=labels.dtype, like=options.labels)
+    if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == data):  # as a command that is repeated finds
+        shown = "something else" if out.is_file() else "no file"
+        raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds {shown}")
     if not options.dry_run:
-        write_labels(options.out, labels, names, dtype=labels.dtype)
+        with write_atomic(out) as file:
+            file.write(data)
     _show({"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
-
-
-def _check_free(out: str, labels: NDArray[np.integer[Any]], names: list[str] | None) -> None:
-    """Refuse to write labels over anything else; over the same ones, as a command that is repeated does, is fine."""
-    if Path(out).is_dir():
-        raise InputError(f"out: expected a file to write, got a folder: {out}")
-    if not os.path.lexists(out) or Path(out).suffix.lower() not in (".npy", ".csv"):  # which nothing is written to
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        new = Path(folder, Path(out).name)
-        write_labels(new, labels, names, dtype=labels.dtype)
-        if not Path(out).is_file() or new.read_bytes() != Path(out).read_bytes():
-            raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds something else")
 
 
 def _diff(options: Namespace) -> int:
@@ -273,9 +266,11 @@ def _export(options: Namespace) -> int:
         fill=read_labels(options.fill) if options.fill else "truncate" if options.truncate else "error",
         clean_label=read_labels(options.clean_label, key="clean_label") if options.clean_label else None,
         key=options.entry,
+        overwrite=options.overwrite,
+        force=options.force,
         dry_run=options.dry_run,
     )
-    _say(done.note)
+    _say(done.note if done.backup is None else f"{done.note}; what was there is now {done.backup}")
     _show({"labels": str(done.path), "written": not options.dry_run, "count": done.count})
     return FINE
 

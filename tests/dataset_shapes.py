@@ -156,6 +156,111 @@ class Elr(Dataset[Any]):
         return len(self.train_data)
 
 
+class Sop(Elr):
+    """SOP: the same with all images in a random order, and two views in every item."""
+
+    def __init__(self, given: Labels, seed: int = 3) -> None:
+        self.indexs: Any = np.random.default_rng(seed).permutation(len(given)).tolist()
+        self.targets = ((given + 2) % CLASSES).tolist()  # torchvision's, the true ones
+        self.train_data, self.train_labels = images(len(given))[self.indexs], np.array(given)[self.indexs]
+        self.train_labels_gt = (self.train_labels + 2) % CLASSES
+
+    def __getitem__(self, index: int) -> Any:
+        image, label, _, truth = super().__getitem__(index)
+        return image, image, label, index, truth
+
+
+class TRevision(Dataset[Any]):
+    """T-Revision: drawn in a random order that nobody keeps, the labels of both splits in either object."""
+
+    def __init__(self, given: Labels, train: bool = True) -> None:
+        np.random.seed(1)  # noqa: NPY002
+        self.chosen = np.random.choice(len(given), len(given) * 9 // 10, replace=False)  # noqa: NPY002
+        others, self.train = np.delete(np.arange(len(given)), self.chosen), train
+        self.data = images(len(given))[self.chosen if train else others]
+        self.train_labels, self.val_labels = given[self.chosen], given[others]
+
+    def __getitem__(self, index: int) -> Any:
+        return TO_TENSOR(self.data[index]), (self.train_labels if self.train else self.val_labels)[index]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Ssr(Dataset[Any]):
+    """SSR: a file of noise that is read where it exists, and a method that wants a tensor."""
+
+    def __init__(self, given: Labels | None = None, noise_file: str = "") -> None:
+        labels = json.loads(Path(noise_file).read_text())["noise_labels"] if noise_file else given
+        assert labels is not None
+        self.cifar_label, self.cifar_data = list(map(int, labels)), images(min(len(labels), COUNT))
+        self.clean_label = [(label + 2) % CLASSES for label in self.cifar_label]
+
+    def update_labels(self, new: torch.Tensor) -> None:
+        self.cifar_label = new.cpu()  # type: ignore[assignment]
+
+    def __getitem__(self, index: int) -> Any:
+        return TO_TENSOR(self.cifar_data[index % COUNT]), self.cifar_label[index], self.clean_label[index], index
+
+    def __len__(self) -> int:
+        return len(self.cifar_label)
+
+
+class ProMix(Dataset[Any]):
+    """ProMix: CIFAR-N's attributes, of which item access reads another one."""
+
+    def __init__(self, given: Labels) -> None:
+        self.train_data, self.noise_label = images(len(given)), given.copy()
+        self.train_labels, self.train_noisy_labels = ((given + 2) % CLASSES).tolist(), given.tolist()
+
+    def __getitem__(self, index: int) -> Any:
+        image = TO_TENSOR(self.train_data[index])
+        return image, image, self.noise_label[index], index
+
+    def __len__(self) -> int:
+        return len(self.train_data)
+
+
+class Ldmi(Dataset[Any]):
+    """L_DMI: every item begins with its index."""
+
+    def __init__(self, given: Labels) -> None:
+        self.data, self.targets = images(len(given)), given.tolist()
+
+    def __getitem__(self, index: int) -> Any:
+        return index, TO_TENSOR(self.data[index]), self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Wrapper(Dataset[Any]):
+    """lightly: a dataset around another one, whose items have one part more."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return *self.dataset[index][:2], f"{index}.png"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class Hidden(Dataset[Any]):
+    """Labels in an attribute of a name that nobody knows."""
+
+    def __init__(self, given: Labels, name: str = "_labels") -> None:
+        self.data, self.name = images(len(given)), name
+        setattr(self, name, given.tolist())
+
+    def __getitem__(self, index: int) -> Any:
+        return TO_TENSOR(self.data[index]), getattr(self, self.name)[index]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
 class CoTeaching(Dataset[Any]):
     """Co-teaching and CIFAR-N: true labels beside the noisy ones, and flags of what is noisy made once."""
 
@@ -268,7 +373,7 @@ class Shape:
 
     build: Callable[[Labels, Path], Any]
     items: Callable[[Any], Any] = lambda dataset: np.arange(len(dataset))  # label row of every item
-    stale: bool = False
+    permuted: bool = False  # whether labels need ids or rows
 
 
 def _dividemix(given: Labels, folder: Path) -> DivideMix:
@@ -287,24 +392,30 @@ def _subset(given: Labels, folder: Path) -> Subset[Any]:
 
 
 SHAPES: dict[str, Shape] = {
-    "plc": Shape(lambda given, _: PlcCifar(given), stale=True),
+    "plc": Shape(lambda given, _: PlcCifar(given)),
     "plc-clothing": Shape(lambda given, _: PlcClothing(given)),
     "list-and-twin": Shape(lambda given, _: ListAndTwin(given)),
     "lra": Shape(lambda given, _: LraCifar(given)),
     "dividemix": Shape(_dividemix),
     "key-value": Shape(lambda given, _: KeyValue(given)),
-    "elr": Shape(lambda given, _: Elr(given), items=lambda dataset: dataset.indexs),
-    "co-teaching": Shape(lambda given, _: CoTeaching(given), stale=True),
+    "elr": Shape(lambda given, _: Elr(given), items=lambda dataset: dataset.indexs, permuted=True),
+    "co-teaching": Shape(lambda given, _: CoTeaching(given)),
     "cifar10": Shape(lambda given, _: cifar10(given)),
     "svhn": Shape(lambda given, _: Svhn(given)),
     "mnist": Shape(lambda given, _: TensorTargets(given)),
     "image-folder": Shape(_folder_order),
     "own": Shape(lambda given, _: Own(given)),
+    "ssr": Shape(lambda given, _: Ssr(given)),
+    "promix": Shape(lambda given, _: ProMix(given)),
+    "wrapper": Shape(lambda given, _: Wrapper(Wrapper(cifar10(given)))),
+    "subset-of-subset": Shape(lambda given, _: Subset(Subset(cifar10(given), range(40)), range(40))),
+    "hidden": Shape(lambda given, _: Hidden(given)),
     "hugging-face": Shape(lambda given, _: hugging_face(given)),
-    "subset": Shape(_subset),
+    "subset": Shape(_subset, permuted=True),
     "concat": Shape(lambda given, _: ConcatDataset([cifar10(given[:10]), LraCifar(given[10:])])),
     "subset-of-concat": Shape(
-        lambda given, _: Subset(ConcatDataset([Svhn(given[:20]), cifar10(given[20:])]), list(range(len(given)))[::-1])
+        lambda given, _: Subset(ConcatDataset([Svhn(given[:20]), cifar10(given[20:])]), list(range(len(given)))[::-1]),
+        permuted=True,
     ),
     "loader": Shape(lambda given, _: DataLoader(LraCifar(given), batch_size=4)),
 }

@@ -343,13 +343,15 @@ def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixtu
     out = ["--out", "cifar10-1-ours.npy"]
     assert cli.main(["export", "refined", "--format", "plc", *out]) == 3
     assert "labels: expected 45000, which plc reads, got 60" in capsys.readouterr().err
-    np.save("all.npy", np.arange(45_000) % 10)
+    np.save("all.npy", np.concatenate([np.load("given.npy"), np.arange(60, 45_000) % 10]))
     assert cli.main(["export", "refined", "--format", "plc", *out, "--fill", "all.npy"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out) == {"labels": "cifar10-1-ours.npy", "written": True, "count": 45_000}
     assert "--noise_label_file cifar10-1-ours.npy --noise_level 0" in output.err
     np.save("long.npy", np.arange(50_000) % 10)
-    assert cli.main(["export", "long.npy", "--format", "lra", *out, "--truncate"]) == 0
+    assert cli.main(["export", "long.npy", "--format", "lra", *out, "--truncate"]) == 3
+    assert cli.main(["export", "long.npy", "--format", "lra", *out, "--truncate", "--overwrite"]) == 0
+    assert "what was there is now cifar10-1-ours.npy.bak" in capsys.readouterr().err
     cifar_n = ["export", "long.npy", "--format", "cifar-n", "--out", "human.pt", "--entry", "aggre_label"]
     assert cli.main([*cifar_n]) == 3
     assert cli.main([*cifar_n, "--clean-label", "long.npy"]) == 0
@@ -358,10 +360,10 @@ def test_export_passes_its_options_on(refined: Path, capsys: pytest.CaptureFixtu
 
 
 def test_labels_of_cifar_n_are_refined_by_entry(folder: Path) -> None:
-    from synth_refine.labels.export import _pt, _Rows
+    from synth_refine.labels.formats import Rows, _pt
 
     given = np.load("given.npy")
-    Path("human.pt").write_bytes(_pt(_Rows(given, None, Path("human.pt"), None, given, "worse_label")))
+    Path("human.pt").write_bytes(_pt(Rows(given, None, Path("human.pt"), None, given, "worse_label")))
     refine = paper("refined")
     refine[refine.index("given.npy")] = "human.pt"
     assert cli.main(refine) == 3

@@ -183,7 +183,7 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "pt with a giant memo": (".pt", pt(raw=b"\x80\x02}r\xff\xff\xff\x7f."), "the instruction LONG_BINPUT"),
     "pt in a newer protocol": (".pt", pt(raw=pickle.dumps({"a": [1]}, 4)), "the instruction FRAME, which"),
     "pt without the key": (".pt", GOOD_PT, "has the entries worse_label, clean_label; name one of them, got None"),
-    "other kind of file": (".txt", CSV, "expected a .npy, .csv or .pt file"),
+    "other kind of file": (".txt", CSV, "expected a .npy, .csv, .json, .npz or .pt file"),
 }
 
 

@@ -29,18 +29,22 @@ def many(count: int, classes: int = 10) -> np.ndarray:
 def named(format: str, folder: Path) -> Path:
     names = {"plc": "cifar10-1-0.35-ours.npy", "lra": "cifar10-1-0.35-ours.npy", "dividemix": "0.2_sym.json"}
     names |= {"unicon": "clean_0.2000_sym.npz", "cifar-n": "CIFAR-10_human.pt", "kv": "noisy_label_kv.txt"}
-    names |= {"imagefolder": "metadata.csv", "jsonl": "labels.jsonl", "parquet": "labels.parquet"}
+    names |= {"imagefolder": "metadata.csv", "jsonl": "labels.jsonl", "parquet": "labels.parquet", "ssr": "ssr.json"}
+    names |= {kind: f"labels.{kind}" for kind in ("npy", "json", "pt")}
     return folder / names.get(format, f"{format}.csv")
 
 
 def read_back(format: str, path: Path) -> tuple[list[int], list[str] | None]:
     """The labels and ids as the codebase's own loader gets them."""
-    if format in ("plc", "lra"):
+    if format in ("plc", "lra", "npy"):
         array = np.load(path, allow_pickle=False)
         assert array.dtype == np.int64
         return array.tolist(), None
-    if format == "dividemix":
-        return json.loads(path.read_text()), None
+    if format in ("dividemix", "json", "ssr"):
+        content = json.loads(path.read_text())
+        return content["noise_labels"] if format == "ssr" else content, None
+    if format == "pt":
+        return torch.load(path, weights_only=True).tolist(), None
     if format == "unicon":
         with np.load(path, allow_pickle=False) as file:
             assert set(file) == {"label", "index"}
@@ -117,25 +121,26 @@ def test_an_unknown_format_is_an_error(tmp_path: Path) -> None:
 def test_a_wrong_length_is_never_guessed_right(tmp_path: Path, format: str) -> None:
     count = FORMATS[format].count
     assert count
-    options: dict[str, Any] = {"clean_label": many(count)} if format == "cifar-n" else {}
+    options: dict[str, Any] = {"clean_label": many(count + 5000)[:count]} if format == "cifar-n" else {}
     path = named(format, tmp_path)
-    short, long = many(count - 5000), many(count + 5000)
+    long = many(count + 5000)
+    short = long[: count - 5000]
     for labels, policy in ((short, "fill with the given labels of all images"), (long, "fill='truncate'")):
         with pytest.raises(WrongLength, match=f"labels: expected {count}, .* got {len(labels)}; if meant so, {policy}"):
             export(labels, format, path, **options)
     with pytest.raises(WrongLength):
         export(short, format, path, fill="truncate", **options)
     with pytest.raises(WrongLength, match="expected at most"):
-        export(long, format, path, fill=many(count), **options)
+        export(long, format, path, fill=long[:count], **options)
     with pytest.raises(InputError, match=rf"fill: expected shape \({count},\), got \(5000,\)"):
-        export(short, format, path, fill=many(5000), **options)
+        export(short, format, path, fill=long[:5000], **options)
     with pytest.raises(InputError, match="fill: expected error, truncate or the labels of all images, got 'zeros'"):
         export(short, format, path, fill="zeros", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-    given = many(count)[::-1].copy()
+    given = np.where(np.arange(count) % 3 == 0, (long[:count] + 1) % 10, long[:count])
     export(short, format, path, fill=given, **options)
     assert read_back(format, path)[0] == [*short, *given[-5000:]]
-    export(long, format, path, fill="truncate", **options)
+    export(long, format, path, fill="truncate", overwrite=True, **options)
     assert read_back(format, path)[0] == long[:count].tolist()
 
 
@@ -156,6 +161,7 @@ def test_fill_is_refused_where_any_length_fits(tmp_path: Path) -> None:
         ("unicon", "0.2000_sym.npz"),
         ("cifar-n", "labels.npy"),
         ("csv", "labels.txt"),
+        ("ssr", "labels.npy"),
     ],
 )
 def test_a_name_that_the_codebase_would_misread_is_refused(tmp_path: Path, format: str, name: str) -> None:

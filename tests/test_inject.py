@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.datasets import CIFAR10
 
-from synth_refine import InputError, Refinement
+from synth_refine import InputError
 from synth_refine.labels.artifact import WrongBase, WrongIds, record
+from synth_refine.labels.attributes import is_integer
 from synth_refine.labels.inject import (
     EmptiedClassWarning,
     LengthMismatch,
@@ -29,6 +30,7 @@ from synth_refine.labels.inject import (
     OrderWarning,
     Stale,
     StaleWarning,
+    WrongOrder,
     inject,
     register,
     verify,
@@ -62,62 +64,62 @@ def item_labels(dataset: Any) -> list[int]:
 
 
 def label_place(item: Any) -> int:
-    return 2 if len(item) == 4 and isinstance(item[3], float) else 1
+    return next(place for place, part in enumerate(item) if place and is_integer(part))
 
 
-def built(shape: str, folder: Path) -> tuple[Any, Labels, Any]:
-    """A dataset, the labels it was built from in its own order, and the row of every item in them."""
+def built(shape: str, folder: Path) -> tuple[Any, Labels, Any, dict[str, Any]]:
+    """A dataset, the labels it was built from, the row of every item in them, and how `inject` is told where it is."""
     given = given_labels()
     dataset = SHAPES[shape].build(given, folder)
     rows = SHAPES[shape].items(inner(dataset))
     current = np.array(item_labels(dataset))
     if shape == "elr":
-        return dataset, given, rows
-    return dataset, current, rows
+        return dataset, given, rows, {"rows": rows}
+    return dataset, current, rows, {"rows": rows} if SHAPES[shape].permuted else {}
 
 
 def test_after_inject_every_item_has_its_label(shape: str, tmp_path: Path) -> None:
-    dataset, given, rows = built(shape, tmp_path)
+    dataset, given, rows, how = built(shape, tmp_path)
     refined = refined_labels(given)
     before = refined.copy()
     with ignoring_stale():
-        report = inject(dataset, refined)
+        report = inject(dataset, refined, **how)
     assert item_labels(report.dataset) == refined[rows].tolist()
     assert report.changed == int((given[rows] != refined[rows]).sum())
     assert report.count == len(rows)
     assert report.written
     assert (refined == before).all()
-    verify(report.dataset, refined, k=None)
+    verify(report.dataset, refined, k=None, **how)
     with pytest.raises(NotInjected, match=r"expected the refined labels from item access, got others for"):
-        verify(report.dataset, given, k=None)
+        verify(report.dataset, given, k=None, **how)
 
 
 def test_injecting_again_changes_nothing(shape: str, tmp_path: Path) -> None:
-    dataset, given, _ = built(shape, tmp_path)
+    dataset, given, _, how = built(shape, tmp_path)
     refined = refined_labels(given)
     with ignoring_stale():
-        first = inject(dataset, refined)
+        first = inject(dataset, refined, **how)
     labels = item_labels(first.dataset)
-    again = inject(first.dataset, refined)  # nothing becomes stale either, so nothing is warned of
+    again = inject(first.dataset, refined, **how)  # nothing becomes stale either, so nothing is warned of
     assert again.changed == 0
     assert again.stale == ()
     assert item_labels(again.dataset) == labels
 
 
 def test_revert_restores(shape: str, tmp_path: Path) -> None:
-    dataset, given, _ = built(shape, tmp_path)
+    dataset, given, _, how = built(shape, tmp_path)
     before = item_labels(dataset)
     with ignoring_stale():
-        report = inject(dataset, refined_labels(given))
+        report = inject(dataset, refined_labels(given), **how)
         assert item_labels(report.dataset) != before
         assert item_labels(report.revert()) == before
-        again = inject(dataset, refined_labels(given))
-        back = inject(again.dataset, given)  # the other way back
+        again = inject(dataset, refined_labels(given), **how)
+        back = inject(again.dataset, given, **how)  # the other way back
     assert item_labels(back.dataset) == before
 
 
 def test_an_artifact_goes_in_and_out(shape: str, tmp_path: Path) -> None:
-    dataset, given, rows = built(shape, tmp_path)
+    dataset, given, rows, _ = built(shape, tmp_path)
     artifact = record(given, refined_labels(given), num_classes=CLASSES)
     with ignoring_stale():
         report = inject(dataset, artifact)
@@ -132,7 +134,7 @@ def test_an_artifact_goes_in_and_out(shape: str, tmp_path: Path) -> None:
 
 def test_nothing_that_the_caller_holds_is_changed_or_kept(shape: str, tmp_path: Path) -> None:
     """Neither the labels passed nor, where an attribute is replaced, the list that was in it."""
-    dataset, given, _ = built(shape, tmp_path)
+    dataset, given, _, how = built(shape, tmp_path)
     store = inner(dataset)
     held = {
         name: getattr(store, name) for name in ("samples", "targets", "labels", "train_labels") if hasattr(store, name)
@@ -140,7 +142,7 @@ def test_nothing_that_the_caller_holds_is_changed_or_kept(shape: str, tmp_path: 
     copies = {name: list(value) for name, value in held.items()}
     refined = refined_labels(given)
     with ignoring_stale():
-        report = inject(dataset, refined)
+        report = inject(dataset, refined, **how)
     expected = item_labels(report.dataset)
     refined[:] = 0  # the dataset must not look into this array
     assert item_labels(report.dataset) == expected
@@ -152,7 +154,7 @@ def test_nothing_that_the_caller_holds_is_changed_or_kept(shape: str, tmp_path: 
 @pytest.mark.parametrize("wrong", [39, 41])
 def test_a_wrong_length_is_refused(shape: str, tmp_path: Path, wrong: int) -> None:
     """Also where the codebase itself would take it: a slice assignment grows the list."""
-    dataset, given, _ = built(shape, tmp_path)
+    dataset, given, *_ = built(shape, tmp_path)
     before = item_labels(dataset)
     if shape == "elr":
         wrong -= 10  # one label more may be right there: the data set that was split is not at hand
@@ -201,20 +203,22 @@ def test_image_folder_by_path(tmp_path: Path, relative: bool) -> None:
         inject(dataset, refined, ids=[f"other/{one}" for one in ids])
 
 
-def test_a_split_takes_labels_in_the_order_of_the_original(tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [shapes.Elr, shapes.Sop])
+def test_a_split_takes_labels_by_position(build: Any) -> None:
     given = given_labels()
-    dataset = shapes.Elr(given)
-    with pytest.raises(LengthMismatch, match="random split with positions up to 39, got 36; pass ids"):
-        inject(dataset, dataset.train_labels)  # as many labels as items, but which order?
-    truth = dataset.train_labels_gt.copy()
+    dataset = build(given)
+    items, truth = len(dataset), dataset.train_labels_gt.copy()
     refined = refined_labels(given)
-    inject(dataset, refined)
-    assert (dataset.train_labels == refined[dataset.indexs]).all()
+    with pytest.raises(WrongOrder, match=r"the dataset does not stand in the original order: ids=range"):
+        inject(dataset, refined[:items])  # in which order?
+    for labels, more in [(refined, {"ids": range(40)}), (record(given, refined), {})]:
+        inject(dataset, labels, **more)
+        assert (dataset.train_labels == refined[dataset.indexs]).all()
+        verify(dataset, labels, k=None, **more)
+        inject(dataset, given, ids=range(40))
     assert (dataset.train_labels_gt == truth).all()
-    inject(dataset, given[dataset.indexs], ids=dataset.indexs)
+    inject(dataset, given[dataset.indexs], rows=range(items))
     assert (dataset.train_labels == given[dataset.indexs]).all()
-    with pytest.raises(WrongIds, match="the dataset is a random split"):
-        inject(Subset(dataset, range(30)), refined[:30])
     inject(Subset(dataset, range(30)), refined, ids=np.arange(40))
     assert (dataset.train_labels[:30] == refined[dataset.indexs[:30]]).all()
     assert (dataset.train_labels[30:] == given[dataset.indexs[30:]]).all()
@@ -244,7 +248,7 @@ def test_true_labels_are_never_touched() -> None:
 
 def test_a_dataset_rebuilt_from_its_file_is_noticed(tmp_path: Path) -> None:
     """DivideMix makes new objects for every epoch; what was injected into an old one is gone."""
-    dataset, given, _ = built("dividemix", tmp_path)
+    dataset, given, *_ = built("dividemix", tmp_path)
     refined = refined_labels(given)
     inject(dataset, refined)
     verify(dataset, refined)
@@ -330,7 +334,7 @@ def test_labels_counted_from_1_are_refused(tmp_path: Path) -> None:
             inject(dataset, np.array(before) + 1)
         assert item_labels(dataset) == before
     with pytest.warns(EmptiedClassWarning, match="class 0"):
-        inject(shapes.LraCifar(given), given + 1, num_classes=5)
+        inject(shapes.LraCifar(given), given + 1, num_classes=5, force=True)
 
 
 def test_hooks_are_called() -> None:
@@ -360,21 +364,6 @@ def test_classes_that_do_not_fit_a_small_type_widen_it() -> None:
     assert item_labels(dataset)[3] == given_labels()[3] + 300
 
 
-def test_a_refinement_is_applied_to_the_labels_of_the_dataset() -> None:
-    given, best = given_labels(), refined_labels(given_labels(), share=0.5)
-    for convert in (np.asarray, torch.as_tensor):
-        decision = Refinement(
-            convert(best), convert(np.full(40, 0.9)), convert(np.arange(40) < 20), convert(np.empty((0, 2), np.int64))
-        )
-        dataset = shapes.LraCifar(given)
-        inject(dataset, decision)
-        assert dataset.targets == [*best[:20], *given[20:]]
-    with pytest.raises(InputError, match="ids: expected none with a Refinement"):
-        inject(dataset, decision, ids=np.arange(40))
-    with pytest.raises(LengthMismatch):
-        inject(Subset(dataset, range(39)), decision)
-
-
 def test_hugging_face_datasets_are_replaced_not_changed() -> None:
     pytest.importorskip("datasets")
     given = given_labels()
@@ -387,10 +376,13 @@ def test_hugging_face_datasets_are_replaced_not_changed() -> None:
     assert report.dataset.column_names == dataset.column_names
     assert report.revert() is dataset
     shuffled = dataset.shuffle(seed=0)
-    assert inject(shuffled, np.array(shuffled["label"][:])).changed == 0
+    with pytest.raises(WrongOrder):
+        inject(shuffled, given)
+    assert inject(shuffled, np.array(shuffled["label"][:]), rows=range(40)).changed == 0
+    assert inject(shuffled, given, rows=list(map(int, shuffled["name"]))).changed == 0
     with pytest.raises(InputError, match="labels: expected classes 0 to 3, got 7 in row 0"):
         inject(dataset, given + 4)
-    with pytest.raises(InputError, match="cannot be changed inside a Subset; inject before wrapping"):
+    with pytest.raises(InputError, match="cannot be changed inside another; inject before wrapping"):
         inject(Subset(dataset, range(10)), given[:10])
     with pytest.raises(InputError, match="expected one column of labels, got name, pixels"):
         inject(dataset.remove_columns("label"), given)
@@ -401,7 +393,9 @@ def test_a_subset_changes_its_own_images_alone() -> None:
     given = given_labels()
     base = shapes.cifar10(given)
     indices = [7, 3, 30]
-    report = inject(Subset(base, indices), np.array([1, 2, 3]))
+    with pytest.raises(WrongOrder):
+        inject(Subset(base, indices), np.array([1, 2, 3]))
+    report = inject(Subset(base, indices), np.array([1, 2, 3]), rows=range(3))
     assert report.count == 3
     expected = given.copy()
     expected[indices] = [1, 2, 3]
@@ -412,10 +406,10 @@ def test_a_subset_changes_its_own_images_alone() -> None:
         inject(Subset(base, indices), given)
     inject(Subset(base, indices), expected, ids=range(40))  # positions below the Subset
     assert base.targets == expected.tolist()
-    inject(Subset(base, [0, 0]), np.array([1, 1]))
+    inject(Subset(base, [0, 0]), np.array([1, 1]), rows=range(2))
     with pytest.raises(WrongIds, match="got two for an image that occurs twice"):
-        inject(Subset(base, [0, 0]), np.array([1, 2]))
-    inject(ConcatDataset([Subset(base, [0, 1]), Subset(base, [2])]), np.array([3, 2, 1]))
+        inject(Subset(base, [0, 0]), np.array([1, 2]), rows=range(2))
+    inject(ConcatDataset([Subset(base, [0, 1]), Subset(base, [2])]), np.array([3, 2, 1]), rows=range(3))
     assert base.targets[:3] == [3, 2, 1]
 
 
@@ -462,7 +456,7 @@ def test_ids_as_text_count_as_positions_where_images_have_no_names() -> None:
         (given_labels()[:, None], r"labels: expected shape \(N,\), got \(40, 1\)"),
         (given_labels() + 1, "labels: expected classes 0 to 3, got 4 in row"),  # 1-based, as Food-101N's files
         (given_labels() - 1, "labels: expected classes 0 to .*, got -1 in row"),
-        (given_labels().tolist(), "labels: expected a NumPy array or torch tensor, got list"),
+        ([0.5] * 40, "labels: expected a NumPy array or torch tensor, got list"),
     ],
 )
 def test_bad_labels_are_refused(labels: Any, message: str) -> None:
@@ -493,7 +487,7 @@ def test_a_dataset_with_labels_nowhere_known_is_registered() -> None:
         pass
 
     dataset = Pairs(torch.zeros(40, 3), torch.as_tensor(given_labels()))
-    with pytest.raises(InputError, match="Pairs has none of them; say where they are with register"):
+    with pytest.raises(InputError, match="Pairs has none of them; .* say where they are with register"):
         inject(dataset, given_labels())
     register(Pairs, Adapter)
     inject(dataset, refined_labels(given_labels()))
@@ -591,11 +585,11 @@ def train_one_epoch(dataset: Any) -> dict[int, int]:
 def test_one_epoch_trains_on_the_injected_labels(shape: str, tmp_path: Path) -> None:
     if shape == "hugging-face":
         pytest.importorskip("datasets")
-    dataset, given, rows = built(shape, tmp_path)
+    dataset, given, rows, how = built(shape, tmp_path)
     before = train_one_epoch(dataset.with_format("torch") if shape == "hugging-face" else dataset)
     refined = refined_labels(given)
     with ignoring_stale():
-        dataset = inject(dataset, refined).dataset
+        dataset = inject(dataset, refined, **how).dataset
     seen = train_one_epoch(dataset.with_format("torch") if shape == "hugging-face" else dataset)
     if shape == "subset":
         assert isinstance(dataset.dataset, CIFAR10)

@@ -89,7 +89,7 @@ def float_tensor(value: Array, dtype: torch.dtype, device: torch.device) -> Tens
 
 def label_tensor(value: Array, device: torch.device) -> Tensor:
     """Labels as int64 on a device; NumPy arrays, which may be read-only, are copied."""
-    return torch.as_tensor(value if isinstance(value, Tensor) else np.array(value), device=device).long()
+    return torch.as_tensor(value if isinstance(value, Tensor) else np.array(value, np.int64), device=device).long()
 
 
 def labels_like(name: str, given: LabelsT, labels: NDArray[np.integer[Any]]) -> LabelsT:

@@ -6,26 +6,26 @@ written, because none of them would notice: a wrong length is cut, filled or shi
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.check import Array, InputError, check_array
-from synth_refine._io.csv import check_unique, csv_bytes
-from synth_refine.labels.artifact import Artifact, WrongIds
+from synth_refine._io.csv import check_unique
+from synth_refine._io.error import WrongIds
+from synth_refine.labels.artifact import Artifact
 from synth_refine.labels.files import as_labels
-from synth_refine.labels.refined import Refined, Wanted
+from synth_refine.labels.formats import FORMATS as FORMATS
+from synth_refine.labels.formats import Rows
+from synth_refine.labels.refined import Refined, Wanted, check_related
 
 
 class WrongLength(InputError):
@@ -44,50 +44,13 @@ class Exported:
         path: The file.
         count: Number of labels in it.
         note: How the codebase is told to read it, and what else has to follow the labels.
+        backup: Where the file is now that stood there before; None where there was none.
     """
 
     path: Path
     count: int
     note: str
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a writer gets: checked labels, (N,), with the rest of what the caller gave."""
-
-    labels: NDArray[np.int64]
-    ids: list[str] | None
-    path: Path
-    artifact: Artifact | None
-    clean_label: NDArray[np.int64] | None
-    key: str
-
-    def named(self) -> list[str]:
-        return list(map(str, range(len(self.labels)))) if self.ids is None else self.ids
-
-
-@dataclass(frozen=True)
-class Format:
-    """The rules of one kind of file.
-
-    Attributes:
-        write: Labels to the bytes of the file.
-        note: How the codebase is told to read it.
-        count: The number of labels it reads; None for any.
-        name: What the file must be called, a regular expression, since the codebase reads the data set or the noise
-            from the name.
-        name_text: The same in words.
-        every_class: Whether it refuses labels in which a class does not occur.
-        needs_ids: Whether the file is a table by path.
-    """
-
-    write: Callable[[_Rows], bytes]
-    note: str
-    count: int | None = None
-    name: str = ""
-    name_text: str = ""
-    every_class: bool = False
-    needs_ids: bool = False
+    backup: Path | None = None
 
 
 def export(
@@ -99,6 +62,8 @@ def export(
     fill: Literal["error", "truncate"] | Array = "error",
     clean_label: Array | None = None,
     key: str = "worse_label",
+    overwrite: bool = False,
+    force: bool = False,
     dry_run: bool = False,
 ) -> Exported:
     """Write refined labels as the file that a codebase reads, whole or not at all.
@@ -116,6 +81,8 @@ def export(
         clean_label: For `cifar-n`, whose loader compares it with the data set's own labels, (N,). It is written, and
             read by nothing else.
         key: For `cifar-n`, the entry the loader's noise type reads.
+        overwrite: Take the place of another file, which is kept beside it with the ending .bak.
+        force: Take labels that agree with `fill` or `clean_label` no more often than by chance.
         dry_run: Check everything and write nothing.
 
     Returns:
@@ -125,7 +92,9 @@ def export(
         WrongLength: Another number of labels than the codebase reads, and no `fill`.
         MissingClass: PLC stops when a class has no image.
         WrongIds: Ids that are no positions, or paths that the file cannot hold.
-        InputError: An unknown format, a name that the codebase would misread, or labels of the wrong shape or range.
+        WrongOrder: The labels are not of the same images as `fill` or `clean_label`.
+        InputError: Another file is there, an unknown format, a name that the codebase would misread, or labels of the
+            wrong shape or range.
 
     Example:
         >>> import tempfile
@@ -149,8 +118,16 @@ def export(
         raise InputError(f"path: expected {rules.name_text}, got {target.name}")
     if rules.needs_ids and texts is None:
         raise WrongIds(f"ids: expected the path of every image, which {format} needs, got None")
+    clean = None if clean_label is None else as_labels("clean_label", clean_label)
     if rules.count is not None:
-        values, texts = _counted(_by_position(values, texts), format, rules.count, fill), None
+        _check_from_0(values)
+        values, texts = _by_position(values, texts), None
+        for name, others in (("fill", fill), ("clean_label", clean)):
+            if not (others is None or isinstance(others, str) or force):
+                same = min(len(values), len(others))
+                others = as_labels(name, others)[:same]
+                check_related("labels", values[:same], others, f"they differ from {name}; if meant so, pass force=True")
+        values = _counted(values, format, rules.count, fill)
     elif not isinstance(fill, str) or fill != "error":
         raise InputError(f"fill: expected none, since {format} takes any number of labels")
     classes = _classes(target.name) if rules.name.startswith("cifar") else None
@@ -161,14 +138,37 @@ def export(
             raise MissingClass(
                 f"labels: expected every class 0 to {classes - 1}, which {format} asserts, got none of {lost[0]}"
             )
-    clean = None if clean_label is None else as_labels("clean_label", clean_label)
     if clean is not None:
         check_array("clean_label", clean, values.shape)
-    data = rules.write(_Rows(values, texts, target, artifact, clean, key))
+    data = rules.write(Rows(values, texts, target, artifact, clean, key))
+    note = rules.note.format(name=target.name, stem=target.stem, path=target, key=key)
+    backup = None
+    if os.path.lexists(target) and not (target.is_file() and target.read_bytes() == data):
+        if target.is_dir():
+            raise InputError(f"path: expected a file to write, got a folder: {target}")
+        if not overwrite or not target.is_file():
+            raise InputError(f"path: expected a new file, but {target} holds something else; overwrite keeps a backup")
+        backup = _kept(target) if not dry_run else None
     if not dry_run:
         with write_atomic(target) as file:
             file.write(data)
-    return Exported(target, len(values), rules.note.format(name=target.name, stem=target.stem, path=target, key=key))
+    return Exported(target, len(values), note, backup)
+
+
+def _kept(target: Path) -> Path:
+    """Another name for a file that is going to be replaced, one that nothing has."""
+    for number in range(1, 1000):
+        backup = target.with_name(f"{target.name}.bak" if number == 1 else f"{target.name}.bak{number}")
+        with suppress(FileExistsError):
+            os.link(target, backup, follow_symlinks=False)
+            return backup
+    raise InputError(f"path: expected fewer than 1000 backups of {target}")
+
+
+def _check_from_0(labels: NDArray[np.int64]) -> None:
+    """Refuse the classes 1 to 10 or 1 to 100 of a data set that has 0 to 9 or 0 to 99."""
+    if labels.size and labels.min() == 1 and labels.max() in (10, 100):
+        raise InputError(f"labels: expected classes from 0, got 1 to {labels.max()}: are they counted from 1?")
 
 
 def _by_position(labels: NDArray[np.int64], ids: list[str] | None) -> NDArray[np.int64]:
@@ -204,157 +204,3 @@ def _counted(labels: NDArray[np.int64], format: str, count: int, fill: str | Arr
 
 def _classes(name: str) -> int:
     return 100 if name.startswith("cifar100-") else 10
-
-
-def _npy(rows: _Rows) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, rows.labels, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _json(rows: _Rows) -> bytes:
-    return json.dumps(rows.labels.tolist()).encode()
-
-
-def _npz(rows: _Rows) -> bytes:
-    buffer = io.BytesIO()
-    # `index` lists images considered noisy and feeds a list that nothing reads; empty says that none is claimed.
-    np.savez(buffer, label=rows.labels, index=np.empty(0, dtype=np.int64))
-    return buffer.getvalue()
-
-
-def _pt(rows: _Rows) -> bytes:
-    if rows.clean_label is None:
-        raise InputError("clean_label: expected the labels that CIFAR-N's loader compares with the data set, got None")
-    if rows.key == "clean_label":
-        raise InputError("key: expected the entry of a noise type, such as worse_label, got clean_label")
-    content = pickle.dumps({"clean_label": rows.clean_label, rows.key: rows.labels}, protocol=2)
-    # NumPy 2 writes a module name that the NumPy of that codebase does not have.
-    content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{rows.path.stem}/data.pkl", content)
-        archive.writestr(f"{rows.path.stem}/version", b"3\n")
-    return buffer.getvalue()
-
-
-def _kv(rows: _Rows) -> bytes:
-    for one in rows.named():
-        if one.split() != [one]:
-            raise WrongIds(f"ids: expected paths without white space, where the file is split, got {one!r}")
-    return _text(f"{one} {label}" for one, label in zip(rows.named(), rows.labels.tolist(), strict=True))
-
-
-def _jsonl(rows: _Rows) -> bytes:
-    pairs = zip(rows.named(), rows.labels.tolist(), strict=True)
-    return _text(json.dumps({"id": one, "label": label}, ensure_ascii=True) for one, label in pairs)
-
-
-def _text(lines: Any) -> bytes:
-    try:
-        return "".join(f"{line}\n" for line in lines).encode()
-    except UnicodeEncodeError as error:
-        raise WrongIds(f"ids: expected text that UTF-8 can write, got {error.object[error.start]!r}") from error
-
-
-def _csv(rows: _Rows) -> bytes:
-    return csv_bytes({"id": rows.named(), "label": rows.labels.tolist()})
-
-
-def _imagefolder(rows: _Rows) -> bytes:
-    return csv_bytes({"file_name": rows.named(), "label": rows.labels.tolist()})
-
-
-def _parquet(rows: _Rows) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("format: parquet needs pyarrow; pip install 'synth-refine[parquet]'") from error
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"id": rows.named(), "label": rows.labels}), buffer)
-    return buffer.getvalue()
-
-
-def _cleanlab(rows: _Rows) -> bytes:
-    artifact = rows.artifact
-    if artifact is None:
-        raise InputError(
-            "labels: expected an artifact, since a table of issues holds the given labels too, got an array"
-        )
-    changed = artifact.given != artifact.labels
-    # The confidence in the new label stands against the given one; a kept label has nothing against it.
-    quality = np.where(changed, 1 - np.clip(np.nan_to_num(artifact.confidence, nan=1.0), 0, 1), 1.0)
-    return csv_bytes(
-        {
-            "id": rows.named(),
-            "is_label_issue": changed.tolist(),
-            "label_quality": quality.tolist(),
-            "given_label": artifact.given.tolist(),
-            "predicted_label": artifact.labels.tolist(),
-        }
-    )
-
-
-_CIFAR = r"cifar(10|100)-.*\.npy"
-_CIFAR_TEXT = "cifar10-*.npy or cifar100-*.npy, from which the data set is read"
-_BY_RATE = (
-    "put it into the data path; it is read for the --r and --noise_mode in its name, and r should be the noise left"
-)
-
-FORMATS: Mapping[str, Format] = {
-    "plc": Format(
-        _npy,
-        "put it into noisy_labels/ and start with --noise_label_file {name} --noise_level 0; a level adds noise",
-        count=45_000,
-        every_class=True,
-        name=_CIFAR,
-        name_text=_CIFAR_TEXT,
-    ),
-    "lra": Format(
-        _npy,
-        "put it into noise_label/ and start with --noise_type {stem}",
-        count=45_000,
-        name=_CIFAR,
-        name_text=_CIFAR_TEXT,
-    ),
-    "dividemix": Format(
-        _json,
-        _BY_RATE,
-        count=50_000,
-        name=r"\d\.\d_\w+\.json",
-        name_text="<r with one decimal>_<noise mode>.json, such as 0.2_sym.json",
-    ),
-    "unicon": Format(
-        _npz,
-        _BY_RATE,
-        count=50_000,
-        name=r"clean_\d\.\d{4}_\w+\.npz",
-        name_text="clean_<r with four decimals>_<noise mode>.npz, such as clean_0.2000_sym.npz",
-    ),
-    "cifar-n": Format(
-        _pt,
-        "start with --noise_path {path} --is_human and the noise type of {key}; else labels are drawn anew",
-        count=50_000,
-        name=r".+\.pt",
-        name_text="a .pt file",
-    ),
-    "kv": Format(_kv, "replace annotations/noisy_label_kv.txt by it, before the first epoch", needs_ids=True),
-    "imagefolder": Format(
-        _imagefolder,
-        "put it beside the images as metadata.csv, or pass its rows to inject() with an ImageFolder",
-        name=r".+\.csv",
-        name_text="a .csv file, such as metadata.csv",
-        needs_ids=True,
-    ),
-    "csv": Format(_csv, "columns id and label", name=r".+\.csv", name_text="a .csv file"),
-    "jsonl": Format(_jsonl, "one object with id and label per line"),
-    "parquet": Format(_parquet, "columns id and label"),
-    "cleanlab": Format(
-        _cleanlab,
-        "read it with pandas and pass it as label_issues to cleanlab's CleanLearning.fit",
-        name=r".+\.csv",
-        name_text="a .csv file",
-    ),
-}
-"""The kinds of file that `export` writes, each with its rules."""

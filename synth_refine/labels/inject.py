@@ -2,41 +2,41 @@
 
 Codebases keep their labels in different places (a list, a second list that item access ignores, an array in the order
 of a random split, a table that cannot be changed), so the place is looked up, written, and then read back the way a
-training loop reads it: item by item. Codebases that read label files are served by `synth_refine.export`.
+training loop reads it: item by item. Codebases that read label files are served by `synth_refine.labels.export`.
+
+Letters in shapes: n items of the dataset, M labels.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from synth_refine._io.check import Array, InputError
+from synth_refine._io.check import Array, InputError, check_array
 from synth_refine._io.csv import check_unique
-from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds
+from synth_refine._io.error import WrongBase, WrongIds
+from synth_refine.labels.artifact import Artifact
+from synth_refine.labels.attributes import is_integer
 from synth_refine.labels.files import as_labels
-from synth_refine.labels.refined import Refined, Wanted
+from synth_refine.labels.items import NotInjected, compare
+from synth_refine.labels.refined import Refined, Wanted, WrongClasses, WrongOrder, by_key, check_related
 from synth_refine.labels.stores import (
-    ITEM_KEYS,
-    AttributeStore,
     ColumnStore,
-    IdKind,
     Labelled,
     LengthMismatch,
     Places,
     Stale,
     is_hugging_face,
-    is_integer,
     register,
 )
 
@@ -50,7 +50,11 @@ __all__ = [
     "Stale",
     "StaleWarning",
     "WrongBase",
+    "WrongClasses",
     "WrongIds",
+    "WrongOrder",
+    "by_key",
+    "given_labels",
     "inject",
     "register",
     "verify",
@@ -68,10 +72,6 @@ DERIVED = {
     "knn_labels": "labels of neighbours",
 }
 """Attributes that codebases compute from the labels once."""
-
-
-class NotInjected(InputError):
-    """Item access returns other labels than the refined ones."""
 
 
 class StaleWarning(UserWarning):
@@ -95,7 +95,7 @@ class Report:
         written: The attributes or methods that took the labels.
         count: Number of items of the dataset.
         changed: Number of items whose label is another one now.
-        stale: Attributes and files that were computed from the old labels and are still there.
+        stale: Attributes, files and loaders that hold what was computed from the old labels.
     """
 
     dataset: Any
@@ -115,31 +115,43 @@ def inject(
     labels: Refined,
     ids: Sequence[int] | Sequence[str] | Array | None = None,
     *,
+    rows: Sequence[int] | Array | None = None,
     base: Array | None = None,
     fill: Literal["error", "keep"] = "error",
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    column: str | None = None,
     on_stale: Literal["warn", "error"] = "warn",
     caches: Sequence[str | os.PathLike[str]] = (),
     label_of: Callable[[Any], int] | None = None,
+    force: bool = False,
 ) -> Report:
     """Put refined labels into a dataset object and read them back through item access.
 
-    Labels without ids stand in the order of the items; a dataset that knows a random split (`indexs`, as ELR's and
-    SOP's) takes them in the order of the original data set. `Subset`, `ConcatDataset` and `DataLoader` are looked
-    through.
+    `Subset`, `ConcatDataset`, `DataLoader` and wrappers that keep a `dataset` are looked through. Where the items stand
+    in the order of the original data set, labels need no ids. Where a split or a shuffle has changed the order, `ids`,
+    `rows`, `base` or an artifact says which label belongs to which item.
 
     Args:
         dataset: The dataset; for a Hugging Face dataset go on with `Report.dataset`.
-        labels: Refined labels, (M,) integers; an artifact, or a result of a refiner that knows its given labels, which
-            the dataset must hold; or another result, which is applied to the dataset's labels.
+        labels: Refined labels, (M,) integers; what `read_label_file` returns; an artifact, or a result of a refiner
+            that knows its given labels, which the dataset must hold; or another result, which is applied to what the
+            dataset holds.
         ids: The id of every label: positions in the data set below any `Subset` or split (in a `ConcatDataset`, of the
             whole), or paths, which may be relative to the root of an image folder. An artifact brings its own.
+        rows: Instead of ids, the row of the label that every item gets, (n,); `range(n)` says that the labels stand in
+            the order of the items.
         base: The labels that were refined, (M,); the dataset must hold them, or the refined ones already.
         fill: What becomes of an item without a label, possible with ids only: an error, or it keeps its label.
         num_classes: C; by default the artifact's, or what the dataset says.
-        on_stale: Warn of soft labels, noise flags and the like that were computed from the old labels, or refuse.
+        classes: Class names, (C,), in the order of the labels' numbers; by default those of the artifact or file. Where
+            the dataset numbers the same names otherwise, its numbers are written.
+        column: Where the labels are: a column of a Hugging Face dataset, or an attribute.
+        on_stale: Warn of soft labels, noise flags and the like that were computed from the old labels, and of loaders
+            whose workers hold them, or refuse.
         caches: Files that hold labels of neighbours; one that exists is stale.
         label_of: The label in an item; by default the first integer of a tuple, or the entry `label` of a dict.
+        force: Take labels that agree with the dataset's no more often than by chance.
 
     Returns:
         What was written and changed, and `revert()`.
@@ -148,42 +160,47 @@ def inject(
         LengthMismatch: Not one label per item.
         WrongIds: Ids that occur twice, or items without one.
         WrongBase: The dataset holds other labels than the ones that were refined.
+        WrongOrder: The dataset is permuted and nothing says which labels are whose, or labels and dataset agree no more
+            often than by chance.
+        WrongClasses: The dataset has no class of one of the names.
         Stale: With `on_stale="error"`; and always for a `DataLoader` whose persistent workers hold old copies.
         NotInjected: Item access still returns old labels; the dataset has been put back.
         InputError: Labels of another shape, type or range, or a dataset whose labels are nowhere known.
 
     Warns:
         EmptiedClassWarning: A class has lost its last image.
-        OrderWarning: The dataset is a folder of files, and neither `ids` nor `base` nor an artifact tells their order.
+        OrderWarning: The dataset is a folder of files, and nothing tells their order.
         StaleWarning: With `on_stale="warn"`.
     """
     if fill not in ("error", "keep") or on_stale not in ("error", "warn"):
         raise InputError(f"fill, on_stale: expected error or keep, error or warn, got {fill!r}, {on_stale!r}")
-    places = Places(dataset)
+    places = Places(dataset, column)
     before = places.labels()
-    wanted = Wanted.of(labels, ids, base, current=before)
-    rows = _rows(places, wanted, fill)
-    after = wanted.on(before, rows)
+    wanted = Wanted.of(labels, ids, base=base, current=before, classes=classes).numbered(places.classes())
+    row = _rows(places, wanted, rows, fill)
+    after = wanted.on(before, row)
     for leaf in places.datasets:
-        known = num_classes or _num_classes(labels, leaf)
+        known = num_classes or _num_classes(labels, leaf, column)
         as_labels("labels", after, known)
         if known is None and not places.wrapped:  # in a few items of a subset classes come and go
             _check_counted_from_0(before, after)
-    _check_base(before, after, rows, wanted.given)
+    _check_base(before, after, row, wanted.given)
+    if not force and wanted.given is None:
+        check_related("labels", after[row >= 0], before[row >= 0], "if they are meant so, pass force=True")
 
     changed = np.flatnonzero(before != after)
     lost = np.setdiff1d(before, after)
     if lost.size:
         warnings.warn(f"labels: no image is left in class {_shown(lost)}", EmptiedClassWarning, stacklevel=2)
-    named = wanted.ids is not None or wanted.given is not None
-    if changed.size and not named and any(_of_files(store) for store in places.stores):
+    named = wanted.ids is not None or wanted.given is not None or rows is not None
+    if changed.size and not named and any(getattr(store, "name", None) == "samples" for store in places.stores):
         warnings.warn(
             "labels: without ids they are taken to stand in the order of the dataset's `samples`, which is that of the "
             "sorted paths; pass ids to be sure",
             OrderWarning,
             stacklevel=2,
         )
-    stale = _stale(places.datasets, caches) if changed.size else ()
+    stale = _stale(places, caches) if changed.size else ()
     if stale:
         text = f"dataset: {'; '.join(stale)} came from the old labels; recompute or delete what the training reads"
         if on_stale == "error":
@@ -195,7 +212,7 @@ def inject(
         written = places.write(after)
         # Labels that already were right prove nothing, so most of the sample is taken from the changed ones.
         sample = _sample(changed, 48) + _sample(np.arange(len(after)), 16)
-        _compare(places.outer, after, sample, label_of)
+        compare(places, after, sample, label_of)
     except BaseException:
         undo()
         raise
@@ -207,7 +224,10 @@ def verify(
     labels: Refined,
     ids: Sequence[int] | Sequence[str] | Array | None = None,
     *,
+    rows: Sequence[int] | Array | None = None,
     fill: Literal["error", "keep"] = "error",
+    classes: Sequence[str] | None = None,
+    column: str | None = None,
     k: int | None = 64,
     seed: int = 0,
     label_of: Callable[[Any], int] | None = None,
@@ -215,73 +235,104 @@ def verify(
     """Read items as a training loop does and fail where one has another label than the refined one.
 
     This finds the second list that item access ignores, labels in the order of a split, a dataset that was rebuilt from
-    its label file since, and workers with old copies. Transforms run, and the random states are put back.
+    its label file since, and, where the running loader is passed, workers with old copies. Transforms run, and the
+    random states are put back.
 
     Args:
-        dataset: The dataset or loader, for example the one of the running epoch.
+        dataset: The dataset or, better, the loader of the running epoch.
         labels: The refined labels, as for `inject`.
         ids: As for `inject`.
+        rows: As for `inject`.
         fill: As for `inject`; with `keep`, items without a label are left out.
-        k: Number of items to read; all of them for None. An artifact's changed rows come first.
+        classes: As for `inject`.
+        column: As for `inject`.
+        k: Number of items to read; all of them for None. Changed rows come first where they are known.
         seed: Chooses the items.
         label_of: As for `inject`.
 
     Raises:
         NotInjected: An item has another label; the message shows the first five.
-        LengthMismatch, WrongIds, InputError: As for `inject`.
+        LengthMismatch, WrongIds, WrongOrder, WrongClasses, Stale, InputError: As for `inject`.
     """
-    places = Places(dataset)
+    places = Places(dataset, column)
     before = places.labels()
-    wanted = Wanted.of(labels, ids, current=before)
-    rows = _rows(places, wanted, fill)
-    known = np.flatnonzero(rows >= 0)
+    wanted = Wanted.of(labels, ids, current=before, classes=classes).numbered(places.classes())
+    row = _rows(places, wanted, rows, fill)
+    known = np.flatnonzero(row >= 0)
     if k is not None:
-        changed = known[:0] if wanted.given is None else known[(wanted.labels != wanted.given)[rows[known]]]
-        known = np.array(
-            _sample(changed, k, seed) + _sample(known, k - min(k // 2, len(changed)), seed), dtype=np.int64
-        )
-    _compare(places.outer, wanted.on(before, rows), known.tolist(), label_of)
+        first = known[:0] if wanted.given is None else known[(wanted.labels != wanted.given)[row[known]]]
+        known = np.array(_sample(first, k, seed) + _sample(known, k - min(k // 2, len(first)), seed), dtype=np.int64)
+    compare(places, wanted.on(before, row), known.tolist(), label_of)
 
 
-def _rows(places: Places, wanted: Wanted, fill: str) -> NDArray[np.int64]:
+def given_labels(dataset: Any, *, column: str | None = None) -> tuple[NDArray[np.int64], list[int] | list[str]]:
+    """The labels that a dataset holds and their ids, in the order of its items: the way out that matches `inject`.
+
+    Args:
+        dataset: As for `inject`.
+        column: As for `inject`.
+
+    Returns:
+        Labels, (n,) int64, and the id of each: paths, relative to the root of an image folder, or positions in the data
+        set below any `Subset` or split. `record(labels, ..., ids=ids)` is an artifact that `inject` takes for this
+        dataset and for any other split of the same data set.
+    """
+    places = Places(dataset, column)
+    texts = places.ids(str, inside=True)
+    positions = all(one.isdigit() for one in texts[:1])
+    return places.labels(), places.ids(int) if positions else texts
+
+
+def _rows(places: Places, wanted: Wanted, rows: Any, fill: str) -> NDArray[np.int64]:
     """Which label belongs to every item, (n,); -1 for an item that keeps its own."""
     ids, count, items = wanted.ids, len(wanted.labels), len(places.store)
+    if rows is not None:
+        found = np.array(rows.cpu() if isinstance(rows, Tensor) else rows, dtype=np.int64)
+        check_array("rows", found, (items,))
+        if found.size and not 0 <= int(found.min()) <= int(found.max()) < count:
+            raise WrongIds(f"rows: expected rows from 0 to {count - 1}, got {found.min()} to {found.max()}")
+        return found
+    if ids is None and count == items and _in_order(places, wanted):
+        return np.arange(items)
+    if ids is None and wanted.given is not None and count >= items:
+        ids = range(count)  # an artifact of the whole data set: its rows are positions
     if ids is None:
-        if not places.split_order():
-            if count != items:
-                raise LengthMismatch(
-                    f"labels: expected {items}, one per item of the dataset, got {count}; pass ids, or a Subset"
-                )
-            return np.arange(items)
-        if places.wrapped:
-            raise WrongIds("ids: expected the original position of every label, since the dataset is a random split")
-        ids, last = range(count), max(places.ids("position"), default=-1)
-        if last >= count:
+        if count != items:
             raise LengthMismatch(
-                f"labels: expected one per image of the original data set, since the dataset is a random split with "
-                f"positions up to {last}, got {count}; pass ids"
+                f"labels: expected {items}, one per item of the dataset, got {count}; pass ids, or a Subset"
             )
+        raise WrongOrder(
+            "labels: expected ids, since the dataset does not stand in the original order: ids=range(len(labels)) for "
+            "labels in the original order, rows=range(len(dataset)) for labels in the order of the items"
+        )
     own: list[Any] = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
     if len(own) != count:
         raise WrongIds(f"ids: expected {count}, one per label, got {len(own)}")
-    if not (all(isinstance(one, str) for one in own) or all(map(is_integer, own))):
+    texts = set(map(type, own)) <= {str, np.str_}
+    if not (texts or all(map(is_integer, own))):
         raise WrongIds("ids: expected whole numbers or texts")
-    if len(set(own)) != count:
+    row_of = dict(zip(own, range(count), strict=True))
+    if len(row_of) != count:
         check_unique("ids", [str(one) for one in own])
-    row_of = {one: row for row, one in enumerate(own)}
-    kinds: tuple[IdKind, ...] = ("text", "inside") if own and isinstance(own[0], str) else ("position",)
-    for kind in kinds:
-        items_ids = places.ids(kind)
-        rows = np.array([row_of.get(one, -1) for one in items_ids], dtype=np.int64)
-        if (rows >= 0).any():
-            break
-    missing = np.flatnonzero(rows < 0)
+    items_ids = places.ids(str if own and texts else int)
+    if own and texts and row_of.keys().isdisjoint(items_ids):
+        items_ids = places.ids(str, inside=True)
+    found = np.array([row_of.get(one, -1) for one in items_ids], dtype=np.int64)
+    missing = np.flatnonzero(found < 0)
     if missing.size and fill == "error":
         raise WrongIds(
             f"ids: expected one for every item, got none for {missing.size} of {items}, the first is "
             f"{items_ids[missing[0]]!r} (the ids begin with {own[:1]}); with fill='keep' such items keep their label"
         )
-    return rows
+    return found
+
+
+def _in_order(places: Places, wanted: Wanted) -> bool:
+    """Whether labels, one per item, can be taken to stand in the order of the items."""
+    if not places.permuted():
+        return True
+    before = places.labels()
+    return wanted.given is not None and any(np.array_equal(before, one) for one in (wanted.given, wanted.labels))
 
 
 def _check_base(
@@ -310,78 +361,35 @@ def _check_counted_from_0(before: NDArray[np.int64], after: NDArray[np.int64]) -
         )
 
 
-def _of_files(store: Any) -> bool:
-    return isinstance(store, AttributeStore) and store.name == "samples"
-
-
-def _num_classes(labels: Any, dataset: Any) -> int | None:
-    if isinstance(labels, Artifact):
-        return labels.num_classes
+def _num_classes(labels: Any, dataset: Any, column: str | None) -> int | None:
     if is_hugging_face(dataset):
-        return getattr(dataset.features[ColumnStore(dataset).column], "num_classes", None)
+        return getattr(dataset.features[ColumnStore(dataset, column).column], "num_classes", None)
+    if isinstance(labels, Artifact) and labels.classes is None:
+        return labels.num_classes
     classes = getattr(dataset, "classes", None)
     return len(classes) if isinstance(classes, list | tuple | dict) and classes else None
 
 
-def _stale(datasets: list[Any], caches: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+def _stale(places: Places, caches: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     found = [
         f"{name} ({what})"
-        for dataset in datasets
+        for dataset in places.datasets
         for name, what in DERIVED.items()
         if getattr(dataset, name, None) is not None
     ]
+    ours = [*places.datasets, *places.around]
+    if any(_has_workers(one, ours) for one in gc.get_objects() if issubclass(type(one), DataLoader)):
+        found.append("a DataLoader (its persistent workers hold copies of the dataset; make a new one)")
     return tuple(dict.fromkeys(found + [f"the file {os.fspath(path)}" for path in caches if Path(path).exists()]))
+
+
+def _has_workers(loader: Any, datasets: list[Any]) -> bool:
+    running = loader.num_workers > 0 and getattr(loader, "_iterator", None) is not None
+    return running and any(loader.dataset is one for one in datasets)
 
 
 def _sample(values: NDArray[np.int64], k: int, seed: int = 0) -> list[int]:
     return [int(value) for value in np.random.default_rng(seed).permutation(values)[:k]]
-
-
-def _compare(
-    dataset: Any, labels: NDArray[np.int64], sample: Sequence[int], label_of: Callable[[Any], int] | None
-) -> None:
-    read = label_of or _label_of
-    if is_hugging_face(dataset):
-        column = ColumnStore(dataset).column
-        dataset = dataset.select_columns(column).with_format(None)  # the images need no decoding
-        read = label_of or (lambda item: int(item[column]))
-    wrong = []
-    with _random_states_kept():
-        for item in sample:
-            found = read(dataset[item])
-            if found != labels[item]:
-                wrong.append(f"item {item} has {found} for {labels[item]}")
-    if wrong:
-        shown = ", ".join(wrong[:5])
-        raise NotInjected(
-            f"dataset: expected the refined labels from item access, got others for {len(wrong)} of {len(sample)} "
-            f"items read: {shown}"
-        )
-
-
-def _label_of(item: Any) -> int:
-    if isinstance(item, Mapping):
-        parts = [item[key] for key in ITEM_KEYS if key in item]
-    else:
-        parts = list(item) if isinstance(item, tuple | list) else []
-    for part in parts:
-        if is_integer(part):
-            return int(part)
-    raise InputError("dataset: expected items with an integer label, (image, label, ...) or a dict; pass label_of")
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Transforms draw random numbers; a check must not change the training that follows."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # Looking at a GPU that nobody uses would start CUDA, which a loader's forked workers do not survive.
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _shown(classes: NDArray[np.int64]) -> str:

@@ -1,7 +1,9 @@
-"""A dataset in, the label of every item out, (N,) int64, and back into the place where it is kept.
+"""A dataset in, the label of every item out, (n,) int64, and back into the place where it is kept.
 
 A store is anything with `get_labels()` and `set_labels()`: what the user registered, the dataset itself, a column of a
 Hugging Face dataset, or one of the attributes that known codebases use.
+
+Letters in shapes: n items of the dataset, N labels of a store.
 """
 
 from __future__ import annotations
@@ -11,27 +13,37 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from synth_refine._io.check import InputError
-from synth_refine.labels.artifact import WrongIds
-from synth_refine.labels.files import as_labels
+from synth_refine._io.error import WrongIds
+from synth_refine.labels.attributes import can_be_set, keys_of, known_labels, like
 
 METHODS = ("update_corrupted_label", "update_label", "update_labels")
-"""Methods with which a dataset takes new labels: PLC's, LRA-diffusion's."""
+"""Methods with which a dataset takes new labels: PLC's, LRA-diffusion's, SSR's."""
 
-ATTRIBUTES = ("samples", "train_noisy_labels", "train_labels", "noise_label", "label_list", "targets", "labels")
-"""Where labels live, the place that item access reads first: torchvision's folders, Co-teaching and CIFAR-N, ELR and
-SOP, DivideMix, PLC's Clothing1M, torchvision's CIFAR and SVHN."""
+ATTRIBUTES = (
+    *("samples", "noise_label", "train_noisy_labels", "noisy_labels", "cifar_label", "train_labels", "val_labels"),
+    *("label_list", "targets", "labels", "_labels"),
+)
+"""Where labels live, the place that item access reads first: torchvision's folders, DivideMix and ProMix, Co-teaching
+and CIFAR-N, others, SSR, ELR and SOP, T-Revision, PLC's Clothing1M, torchvision's CIFAR and SVHN, Food-101."""
 
-TWINS = {"samples": ("imgs", "targets"), "label_list": ("targets",)}
-"""Second copies of the same labels."""
+TWINS = {
+    "samples": ("imgs", "targets"),
+    "label_list": ("targets",),
+    "noise_label": ("train_noisy_labels",),
+    "_labels": ("targets",),
+}
+"""Further copies of the same labels."""
+
+INNER = ("dataset", "reader")
+"""Where wrappers keep what they wrap: lightly's datasets, timm's."""
 
 ITEM_KEYS = ("label", "labels", "target", "targets")
 
@@ -58,9 +70,6 @@ class Labelled(Protocol):
     def set_labels(self, labels: NDArray[np.int64]) -> None:
         """Replace the labels, (N,)."""
 
-
-IdKind: TypeAlias = Literal["position", "text", "inside"]
-"""Positions in the original data set; texts as the dataset has them; paths relative to the root of an image folder."""
 
 _ADAPTERS: dict[type, Callable[[Any], Labelled]] = {}
 
@@ -99,32 +108,35 @@ class AttributeStore:
     method: str | None
 
     def get_labels(self) -> NDArray[np.int64]:
-        values = _known(getattr(self.dataset, self.name), self.name, self.dataset)
+        values = known_labels(getattr(self.dataset, self.name), self.name, self.dataset)
         if values is None:
             raise InputError(f"dataset: expected integer labels in {type(self.dataset).__name__}.{self.name}")
         return values
 
     def set_labels(self, labels: NDArray[np.int64]) -> None:
         if self.method is not None:
-            getattr(self.dataset, self.method)(labels.tolist())
+            take = getattr(self.dataset, self.method)
+            try:
+                take(labels.tolist())
+            except AttributeError:  # SSR's wants a tensor
+                take(torch.from_numpy(labels.copy()))
             return
         new: dict[int, Any] = {}  # twins that are one object stay one object
         for name in self.attributes():
             old = getattr(self.dataset, name)
             if id(old) not in new:
-                new[id(old)] = _like(old, labels, self.dataset)
+                new[id(old)] = like(old, labels, self.dataset)
             setattr(self.dataset, name, new[id(old)])
 
     def attributes(self) -> list[str]:
-        twins = [name for name in TWINS.get(self.name, ()) if hasattr(self.dataset, name)]
-        return [self.name, *twins]
+        return [self.name, *(name for name in TWINS.get(self.name, ()) if can_be_set(self.dataset, name))]
 
     def sample_ids(self) -> Sequence[Any] | None:
         value = getattr(self.dataset, self.name)
         if self.name == "samples":
             return [os.fspath(sample[0]) for sample in value]
         if isinstance(value, dict):
-            return _keys(value, self.dataset)
+            return keys_of(value, self.dataset)
         indexs = getattr(self.dataset, "indexs", None) if self.name == "train_labels" else None
         return None if indexs is None else np.asarray(indexs, dtype=np.int64).tolist()
 
@@ -134,18 +146,21 @@ class ColumnStore:
     """The labels in a column of a Hugging Face dataset, which is never changed but replaced."""
 
     dataset: Any
+    name: str | None = None
 
     @property
     def column(self) -> str:
         features = self.dataset.features
         found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-        found = found or [name for name in ITEM_KEYS if name in features]
-        if len(found) != 1:
-            raise InputError(f"dataset: expected one column of labels, got {', '.join(found or features)}")
+        found = [self.name] if self.name in features else found or [name for name in ITEM_KEYS if name in features]
+        if len(found) != 1 or self.name not in (None, found[0]):
+            shown = ", ".join(found if len(found) > 1 else features)
+            raise InputError(f"dataset: expected one column of labels, got {shown}; name it with column=")
         return str(found[0])
 
     def get_labels(self) -> NDArray[np.int64]:
-        return np.array(self.dataset.with_format(None)[self.column], dtype=np.int64)
+        values = self.dataset.with_format(None)[self.column]
+        return np.array(values, dtype=np.int64)
 
     def set_labels(self, labels: NDArray[np.int64]) -> None:
         order, name = self.dataset.column_names, self.column
@@ -157,57 +172,101 @@ class ColumnStore:
 class Places:
     """Where the label of every item of a possibly wrapped dataset lives."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.outer = dataset
+    def __init__(self, dataset: Any, column: str | None = None) -> None:
+        self.outer, self.column = dataset, column
         if isinstance(dataset, DataLoader):
             if dataset.persistent_workers and getattr(dataset, "_iterator", None) is not None:
                 raise Stale("dataset: the persistent workers of this DataLoader hold copies of it; make a new loader")
             self.outer = dataset.dataset
-        self.datasets: list[Any] = []
+        self.datasets: list[Any] = []  # that hold labels
+        self.around: list[Any] = []  # wrappers
         self.stores: list[Any] = []
+        self.values: list[NDArray[np.int64]] = []  # the labels of each store
         pairs = self._find(self.outer)  # (n, 2): store, position in it
         self.store, self.position = pairs[:, 0], pairs[:, 1]
-        self.wrapped = isinstance(self.outer, Subset | ConcatDataset)
+        self._ids: dict[int, Sequence[Any] | None] = {}
 
     def _find(self, dataset: Any) -> NDArray[np.int64]:
         if isinstance(dataset, Subset):
+            self.around.append(dataset)
             return self._find(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
         if isinstance(dataset, ConcatDataset):
+            self.around.append(dataset)
             return np.concatenate([self._find(part) for part in dataset.datasets])
         known = [number for number, other in enumerate(self.datasets) if other is dataset]
         if not known:
+            store, values = _store(dataset, self.column)
+            if store is None:
+                self.around.append(dataset)
+                return self._find(next(getattr(dataset, name) for name in INNER if hasattr(dataset, name)))
             self.datasets.append(dataset)
-            self.stores.append(_store(dataset))
+            self.stores.append(store)
+            self.values.append(np.asarray(store.get_labels(), dtype=np.int64) if values is None else values)
         number = known[0] if known else len(self.datasets) - 1
-        count = len(self.stores[number].get_labels())
+        count = len(self.values[number])
         if len(dataset) != count:
             name = type(dataset).__name__
             raise LengthMismatch(f"dataset: {name} has {len(dataset)} items, but {count} labels")
         return np.stack([np.full(count, number), np.arange(count)], axis=1)
 
+    @property
+    def wrapped(self) -> bool:
+        """Whether the labels lie in a dataset below the one that was passed."""
+        return bool(self.around)
+
     def labels(self) -> NDArray[np.int64]:
         """The current label of every item, (n,)."""
-        values = np.empty(len(self.store), dtype=np.int64)
-        for number, store in enumerate(self.stores):
+        labels = np.empty(len(self.store), dtype=np.int64)
+        for number, values in enumerate(self.values):
             here = self.store == number
-            values[here] = store.get_labels()[self.position[here]]
-        return values
+            labels[here] = values[self.position[here]]
+        return labels
 
-    def split_order(self) -> bool:
-        """Whether a dataset below stands in the order of a random split."""
-        return any(_ids_of(store, "position") is not None for store in self.stores)
+    def permuted(self) -> bool:
+        """Whether the items stand in another order than the original data set, as far as the dataset knows."""
+        if any(getattr(one, "_indices", None) is not None for one in self.datasets if is_hugging_face(one)):
+            return True  # shuffled, or some of its rows
+        if self.split():
+            return True
+        starts = np.flatnonzero(np.diff(self.store, prepend=-1))
+        ordered = np.arange(len(self.store)) - np.repeat(starts, np.diff(np.append(starts, len(self.store))))
+        return bool((self.position != ordered).any()) or len(starts) != len(self.stores)
 
-    def ids(self, kind: IdKind) -> list[Any]:
-        """The id of every item, of the kind the labels come with."""
-        if kind == "position" and len(self.stores) > 1 and not self.split_order():
+    def split(self) -> bool:
+        """Whether a dataset below knows the positions that a random split took."""
+        return any(self._known_ids(number, True) is not None for number in range(len(self.stores)))
+
+    def _known_ids(self, number: int, position: bool) -> Sequence[Any] | None:
+        """A store's own ids, as positions or as texts; None where the position in it is the id."""
+        if number not in self._ids:
+            store = self.stores[number]
+            self._ids[number] = store.sample_ids() if hasattr(store, "sample_ids") else None
+        ids = self._ids[number]
+        return None if ids is None or not len(ids) or (position and isinstance(ids[0], str)) else ids
+
+    def ids(self, kind: type, *, inside: bool = False) -> list[Any]:
+        """The id of every item: positions (int), or texts as the dataset has them or relative to its root (str)."""
+        if kind is int and len(self.stores) > 1 and not self.split():
             return list(range(len(self.store)))
-        columns = [_ids_of(store, kind) or range(len(store.get_labels())) for store in self.stores]
-        ids = [columns[number][position] for number, position in zip(self.store, self.position, strict=True)]
-        return ids if kind == "position" else [str(one) for one in ids]
+        columns: list[Sequence[Any]] = []
+        for number, values in enumerate(self.values):
+            ids = self._known_ids(number, kind is int) or range(len(values))
+            if kind is str and inside and len(ids) and isinstance(ids[0], str):
+                ids = _inside(ids, getattr(self.datasets[number], "root", None))
+            columns.append(ids if kind is int or (len(ids) and isinstance(ids[0], str)) else list(map(str, ids)))
+        if len(columns) == 1:
+            return [columns[0][position] for position in self.position.tolist()]
+        return [columns[number][row] for number, row in zip(self.store.tolist(), self.position.tolist(), strict=True)]
+
+    def classes(self) -> list[str] | None:
+        """The class names, in the order of the labels, where the datasets know and agree on them."""
+        found = [_classes(one, self.column) for one in self.datasets]
+        return found[0] if found and all(one == found[0] for one in found) else None
 
     def keep(self) -> Callable[[], Any]:
         """What puts everything back as it is now and returns the dataset."""
-        restore, outer = [_keep(store) for store in self.stores], self.outer
+        restore = [_keep(store, values) for store, values in zip(self.stores, self.values, strict=True)]
+        outer = self.outer
 
         def revert() -> Any:
             for one in restore:
@@ -219,18 +278,17 @@ class Places:
     def write(self, labels: NDArray[np.int64]) -> tuple[str, ...]:
         """Write the label of every item; returns the names of what took them."""
         new = []
-        for number, store in enumerate(self.stores):
+        for number, values in enumerate(self.values):
             here = self.store == number
-            values = np.array(store.get_labels(), dtype=np.int64)
+            values = values.copy()
             values[self.position[here]] = labels[here]
             if bool((values[self.position[here]] != labels[here]).any()):
                 raise WrongIds("labels: expected one label per image, got two for an image that occurs twice")
             new.append(values)
         if self.wrapped and any(isinstance(store, ColumnStore) for store in self.stores):
-            raise InputError(
-                "dataset: a Hugging Face dataset cannot be changed inside a Subset; inject before wrapping"
-            )
+            raise InputError("dataset: a Hugging Face dataset cannot be changed inside another; inject before wrapping")
         written = [name for store, values in zip(self.stores, new, strict=True) for name in _write(store, values)]
+        self.values = new
         if isinstance(self.stores[0], ColumnStore):
             self.outer = self.stores[0].dataset
         return tuple(dict.fromkeys(written))
@@ -245,11 +303,10 @@ def _write(store: Any, values: NDArray[np.int64]) -> list[str]:
     return [store.column if isinstance(store, ColumnStore) else "set_labels"]
 
 
-def _keep(store: Any) -> Callable[[], None]:
+def _keep(store: Any, values: NDArray[np.int64]) -> Callable[[], None]:
     """What puts a store back as it is now."""
     attributes = store.attributes() if isinstance(store, AttributeStore) and store.method is None else []
-    old = {name: getattr(store.dataset, name) for name in attributes}
-    values = np.array(store.get_labels(), dtype=np.int64)
+    old, values = {name: getattr(store.dataset, name) for name in attributes}, values.copy()
 
     def restore() -> None:
         if isinstance(store, ColumnStore):
@@ -262,82 +319,62 @@ def _keep(store: Any) -> Callable[[], None]:
     return restore
 
 
-def _store(dataset: Any) -> Any:
-    """How the labels of a dataset are read and replaced."""
+def _store(dataset: Any, column: str | None) -> tuple[Any, NDArray[np.int64] | None]:
+    """How the labels of a dataset are read and replaced, and the labels where they have been read already.
+
+    None where the dataset wraps another one that has them.
+    """
     for kind in type(dataset).__mro__:
         if kind in _ADAPTERS:
-            return _ADAPTERS[kind](dataset)
+            return _ADAPTERS[kind](dataset), None
     if isinstance(dataset, Labelled):
-        return dataset
+        return dataset, None
     if is_hugging_face(dataset):
-        return ColumnStore(dataset)
+        return ColumnStore(dataset, column), None
     method = next((name for name in METHODS if callable(getattr(dataset, name, None))), None)
-    for name in ATTRIBUTES:
-        if hasattr(dataset, name) and _known(getattr(dataset, name), name, dataset) is not None:
-            return AttributeStore(dataset, name, method)
+    found: list[str] = []
+    for name in ATTRIBUTES if column is None else (column,):
+        values = known_labels(getattr(dataset, name), name, dataset) if can_be_set(dataset, name) else None
+        if values is not None:
+            found.append(name)
+            if hasattr(dataset, "__len__") and len(values) == len(dataset):  # T-Revision's keep both splits
+                return AttributeStore(dataset, name, method), values
+    if found:
+        return AttributeStore(dataset, found[0], method), None
+    if any(hasattr(dataset, name) for name in INNER):
+        return None, None
     raise InputError(
         f"dataset: expected labels in {', '.join(ATTRIBUTES)}, but {type(dataset).__name__} has none of them; "
-        "say where they are with register()"
+        "name the attribute with column=, or say where they are with register()"
     )
 
 
 def is_hugging_face(dataset: Any) -> bool:
-    library = sys.modules.get("datasets")  # never imported for the question alone
-    return library is not None and isinstance(dataset, library.Dataset)
+    # The library is never imported for the question alone, and codebases have modules of their own by its name.
+    kind = getattr(sys.modules.get("datasets.arrow_dataset"), "Dataset", None)
+    return isinstance(kind, type) and isinstance(dataset, kind)
 
 
-def is_integer(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    if isinstance(value, np.ndarray):
-        return value.ndim == 0 and value.dtype.kind in "iu"
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _inside(paths: Sequence[Any], root: Any) -> Sequence[Any]:
+    """Paths relative to a folder, where all of them lie in it."""
+    if root is None:
+        return paths
+    start = os.path.join(os.fspath(root), "")
+    if all(one.startswith(start) for one in paths):
+        return [one[len(start) :] for one in paths]
+    if not all(Path(one).is_relative_to(root) for one in paths):
+        return paths
+    return [Path(one).relative_to(root).as_posix() for one in paths]
 
 
-def _known(value: Any, name: str, dataset: Any) -> NDArray[np.int64] | None:
-    """The labels in the value of an attribute; None when these are no labels."""
-    if isinstance(value, dict):
-        keys = _keys(value, dataset)
-        return _known([value.get(key) for key in keys], name, dataset)
-    if isinstance(value, np.ndarray | Tensor):
-        scalar = np.zeros((), value.dtype) if isinstance(value, np.ndarray) else value.new_zeros(())
-        return as_labels(name, value) if value.ndim == 1 and is_integer(scalar) else None
-    if not isinstance(value, list | tuple):
-        return None
-    if name == "samples":
-        if not all(isinstance(sample, tuple) and len(sample) > 1 for sample in value):
-            return None
-        value = [sample[1] for sample in value]
-    return np.array([int(label) for label in value], dtype=np.int64) if all(map(is_integer, value)) else None
-
-
-def _keys(labels: dict[Any, Any], dataset: Any) -> list[Any]:
-    """The order of a dict from path to label: Clothing1M's loaders keep it in a list of its own."""
-    order = getattr(dataset, "train_imgs", None)
-    return list(labels) if order is None else list(order)
-
-
-def _like(old: Any, labels: NDArray[np.int64], dataset: Any) -> Any:
-    """New labels in the container and the type of the old ones; never the caller's array."""
-    if isinstance(old, dict):
-        return {**old, **dict(zip(_keys(old, dataset), labels.tolist(), strict=True))}
-    if isinstance(old, Tensor):
-        return torch.as_tensor(labels.copy()).to(device=old.device, dtype=old.dtype)
-    if isinstance(old, np.ndarray):
-        fits = labels.size == 0 or np.iinfo(old.dtype).max >= labels.max()
-        return labels.astype(old.dtype if fits else np.int64)
-    values: list[Any] = labels.tolist()
-    if len(old) and isinstance(old[0], tuple):
-        values = [(sample[0], label, *sample[2:]) for sample, label in zip(old, values, strict=True)]
-    return tuple(values) if isinstance(old, tuple) else values
-
-
-def _ids_of(store: Any, kind: IdKind) -> Sequence[Any] | None:
-    """A store's own ids as this kind; None where the position in it is the id."""
-    ids: Sequence[Any] | None = store.sample_ids() if hasattr(store, "sample_ids") else None
-    if ids is None or not len(ids) or (kind == "position" and isinstance(ids[0], str)):
-        return None
-    root = getattr(getattr(store, "dataset", None), "root", None)
-    if kind == "inside" and root is not None and all(Path(one).is_relative_to(root) for one in ids):
-        return [Path(one).relative_to(root).as_posix() for one in ids]
-    return ids
+def _classes(dataset: Any, column: str | None) -> list[str] | None:
+    if is_hugging_face(dataset):
+        names = getattr(dataset.features[ColumnStore(dataset, column).column], "names", None)
+    else:
+        names = getattr(dataset, "classes", None)
+        numbers = getattr(dataset, "class_to_idx", None)
+        if not isinstance(names, list | tuple) and isinstance(numbers, dict):
+            names = sorted(numbers, key=numbers.__getitem__)
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        return list(names)
+    return None

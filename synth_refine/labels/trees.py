@@ -6,15 +6,28 @@ An image goes into the folder of its refined class under the name that it has. W
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import unicodedata
+import uuid
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from synth_refine._io.atomic import sync_folder, write_atomic
+import numpy as np
+from numpy.typing import NDArray
+
+from synth_refine._io.atomic import TEMPORARY, locked, sync_folder, write_atomic
 from synth_refine._io.check import InputError, check_folder_name
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
-from synth_refine.images.sources import open_images
+from synth_refine._io.error import WrongBase
+from synth_refine.images.hashes import content_hashes
+from synth_refine.images.sources import Images, open_images
 from synth_refine.labels.artifact import Artifact
+from synth_refine.labels.cells import with_column
+
+MOST_BYTES = 255  # of a name, on almost every disk
 
 
 def apply_tree(
@@ -31,8 +44,9 @@ def apply_tree(
         artifact: From `synth_refine.pipeline.run`, or with ids and class names in its settings, or what the
             decisions of people left of one.
         source: The folder or the table that was refined.
-        out: The folder or the table to write, which must not exist. It appears whole or not at all. Of a folder, only
-            the images are in it. A table goes beside the old one, since the paths in it are relative.
+        out: The folder or the table to write, which must not exist. It appears whole or not at all. Files of a folder
+            that are no images stay where they are. A table goes beside the old one, since the paths in it are relative,
+            and only cells of the column `label` differ.
         link: Hard links instead of copies; whoever edits such a file in place then edits both.
         dry_run: Check everything, write nothing.
 
@@ -40,7 +54,7 @@ def apply_tree(
         `out`.
 
     Raises:
-        WrongBase: Images have other labels, that is folders, than those that were refined.
+        WrongBase: Images have other labels, that is folders, than those that were refined, or another content.
         WrongIds: Other images than those that were refined.
         InputError: Another kind of source, or `out` exists.
         OSError: `out` cannot be written.
@@ -72,10 +86,13 @@ def revert_tree(
 
 
 def new_places(artifact: Artifact) -> list[str]:
-    """Where every image of a folder per class goes, relative to the new folder, in the order of the ids."""
+    """Where every image of a folder per class goes, relative to the new folder, in the order of the ids.
+
+    Names that differ by case or by the composition of accents alone count as the same, as they do on many disks.
+    """
     ids, classes = _ids(artifact), _classes(artifact)
     changed = set(artifact.changed.tolist())
-    taken = set(ids)
+    taken = set(map(_folded, ids))
     places = []
     for row, one in enumerate(ids):
         path = PurePosixPath(one)
@@ -86,12 +103,18 @@ def new_places(artifact: Artifact) -> list[str]:
             continue
         rest = PurePosixPath(classes[artifact.labels[row]], *path.parts[1:])
         place, mark = str(rest), ""
-        while place in taken:
+        while _folded(place) in taken:
             mark += f"~{path.parts[0]}"
             place = str(rest.with_name(f"{rest.stem}{mark}{rest.suffix}"))
-        taken.add(place)
+        if any(len(os.fsencode(part)) > MOST_BYTES for part in PurePosixPath(place).parts):
+            raise InputError(f"artifact: expected names of at most {MOST_BYTES} bytes, but {one} would become {place}")
+        taken.add(_folded(place))
         places.append(place)
     return places
+
+
+def _folded(name: str) -> str:
+    return name if name.isascii() and name.islower() else unicodedata.normalize("NFC", name).casefold()
 
 
 def _write(
@@ -108,7 +131,7 @@ def _write(
         raise InputError(f"out: expected a new name, but {new} exists; what is there is never changed")
     if not new.absolute().parent.is_dir():
         raise InputError(f"out: expected an existing folder {new.parent} to write {new.name} into, got none")
-    if old.is_file() and old.suffix == ".csv":
+    if old.is_file() and old.suffix.lower() == ".csv":
         return _write_table(artifact, old, new, dry_run, undo)
     ids, classes = _ids(artifact), _classes(artifact)
     found = open_images(old, classes) if old.is_dir() else None
@@ -121,44 +144,79 @@ def _write(
         before, after = after, before
     back = dict(zip(before, ids, strict=True))
     names = [back.get(one, one) for one in found.ids]
-    artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
+    rows = artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
     _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
-    if dry_run:
-        return new
-    partial = new.with_name(f".{new.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    for here, there in zip(before, after, strict=True):
-        target = partial / there
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if link:
-            os.link(os.path.realpath(old / here), target)  # of the image, where a symbolic link leads to it
-        else:
-            shutil.copy2(old / here, target)
-    for name in classes:
-        if (old / name).is_dir():
-            (partial / name).mkdir(exist_ok=True)  # a class that lost all its images
-    os.sync()  # the files before the name that says that they are there
-    os.rename(partial, new)
-    sync_folder(new.absolute().parent)
+    _check_contents(artifact, found, rows)
+    moves = dict(zip(before, after, strict=True))
+    others = [path.relative_to(old).as_posix() for path in sorted(old.rglob("*")) if path.is_file()]
+    moves |= {one: one for one in others if one not in moves}  # notes, files of other kinds: they stay where they are
+    if len(set(moves.values())) < len(moves):
+        raise InputError(f"images: expected names that are free in {old}, but a file is where an image has to go")
+    if not dry_run:
+        _copy(old, new, moves, [name for name in classes if (old / name).is_dir()], link)
     return new
 
 
+def _check_contents(artifact: Artifact, found: Images, rows: NDArray[np.int64]) -> None:
+    """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
+    known = artifact.run["inputs"].get("images", "")
+    if not re.fullmatch("[0-9a-f]{64}", known):
+        return
+    hashes = np.empty(len(rows), dtype=object)
+    hashes[rows] = content_hashes(found)
+    labels = [_classes(artifact)[label] for label in artifact.given.tolist()]
+    table = csv_bytes({"id": artifact.names, "label": labels, "sha256": hashes.tolist()})
+    if hashlib.sha256(table).hexdigest() != known:
+        raise WrongBase("images: expected the files that were refined, got some of another content, by their SHA-256")
+
+
+def _copy(old: Path, new: Path, moves: dict[str, str], folders: list[str], link: bool) -> None:
+    """Copy or link files and make folders under a name that nothing has, then give the whole its name."""
+    parent = new.absolute().parent
+    kind = hashlib.sha256(os.fsencode(new.name)).hexdigest()[:16]
+    for path in parent.glob(f".{kind}-*{TEMPORARY}"):
+        if re.fullmatch(r"\.[0-9a-f]{16}-[0-9a-f]{32}", path.name.removesuffix(TEMPORARY)) and path.is_dir():
+            with suppress(OSError), locked(path):  # or else it belongs to a process that runs
+                shutil.rmtree(path)
+    partial = parent / f".{kind}-{uuid.uuid4().hex}{TEMPORARY}"
+    partial.mkdir()
+    try:
+        with locked(partial):
+            for here, there in moves.items():
+                target = partial / there
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if link:
+                    os.link(os.path.realpath(old / here), target)  # of the file, where a symbolic link leads to it
+                else:
+                    shutil.copy2(old / here, target)
+            for name in folders:
+                (partial / name).mkdir(exist_ok=True)  # a class that lost all its images
+            os.sync()  # the files before the name that says that they are there
+            if os.path.lexists(new):
+                raise InputError(f"out: expected a new name, but {new} was made meanwhile")
+            os.rename(partial, new)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(parent)
+
+
 def _write_table(artifact: Artifact, old: Path, new: Path, dry_run: bool, undo: bool) -> Path:
-    if new.suffix != ".csv" or new.absolute().parent != old.absolute().parent:
+    if new.suffix.lower() != ".csv" or new.absolute().parent != old.absolute().parent:
         raise InputError(f"out: expected a .csv beside {old}, whose paths are relative, got {new}")
     classes = _classes(artifact)
     found = open_images(old, classes)
     labels = artifact.revert(found.labels, found.ids) if undo else artifact.apply(found.labels, found.ids)
-    table = read_csv("images", old)
-    numeric = not set(table["label"]) <= set(classes)
-    table["label"] = [
+    texts = read_csv("images", old)["label"]
+    numeric = not set(texts) <= set(classes)
+    texts = [
         text if before == after else str(after) if numeric else classes[after]
-        for text, before, after in zip(table["label"], found.labels.tolist(), labels.tolist(), strict=True)
+        for text, before, after in zip(texts, found.labels.tolist(), labels.tolist(), strict=True)
     ]
+    data = with_column(old.read_bytes(), "label", texts)
     if not dry_run:
         with write_atomic(new) as file:
-            file.write(csv_bytes(table))
+            file.write(data)
     return new
 
 

@@ -1,0 +1,234 @@
+"""Checked labels in, the bytes of one kind of file out: the layouts and rules of other codebases and tools."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from synth_refine._io.check import InputError
+from synth_refine._io.csv import csv_bytes
+from synth_refine._io.error import WrongIds
+from synth_refine.labels.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a writer gets: checked labels, (N,), with the rest of what the caller gave."""
+
+    labels: NDArray[np.int64]
+    ids: list[str] | None
+    path: Path
+    artifact: Artifact | None
+    clean_label: NDArray[np.int64] | None
+    key: str
+
+    def named(self) -> list[str]:
+        return list(map(str, range(len(self.labels)))) if self.ids is None else self.ids
+
+
+@dataclass(frozen=True)
+class Format:
+    """The rules of one kind of file.
+
+    Attributes:
+        write: Labels to the bytes of the file.
+        note: How the codebase is told to read it.
+        count: The number of labels it reads; None for any.
+        name: What the file must be called, a regular expression, since the codebase reads the data set or the noise
+            from the name.
+        name_text: The same in words.
+        every_class: Whether it refuses labels in which a class does not occur.
+        needs_ids: Whether the file is a table by path.
+    """
+
+    write: Callable[[Rows], bytes]
+    note: str
+    count: int | None = None
+    name: str = ""
+    name_text: str = ""
+    every_class: bool = False
+    needs_ids: bool = False
+
+
+def _npy(rows: Rows) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, rows.labels, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _json(rows: Rows) -> bytes:
+    return json.dumps(rows.labels.tolist()).encode()
+
+
+def _ssr(rows: Rows) -> bytes:
+    return json.dumps({"noise_labels": rows.labels.tolist(), "open_noise": [], "closed_noise": []}).encode()
+
+
+def _npz(rows: Rows) -> bytes:
+    buffer = io.BytesIO()
+    # `index` lists images considered noisy and feeds a list that nothing reads; empty says that none is claimed.
+    np.savez(buffer, label=rows.labels, index=np.empty(0, dtype=np.int64))
+    return buffer.getvalue()
+
+
+def _tensor(rows: Rows) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(rows.labels), buffer)
+    return buffer.getvalue()
+
+
+def _pt(rows: Rows) -> bytes:
+    if rows.clean_label is None:
+        raise InputError("clean_label: expected the labels that CIFAR-N's loader compares with the data set, got None")
+    if rows.key == "clean_label":
+        raise InputError("key: expected the entry of a noise type, such as worse_label, got clean_label")
+    content = pickle.dumps({"clean_label": rows.clean_label, rows.key: rows.labels}, protocol=2)
+    # NumPy 2 writes a module name that the NumPy of that codebase does not have.
+    content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{rows.path.stem}/data.pkl", content)
+        archive.writestr(f"{rows.path.stem}/version", b"3\n")
+    return buffer.getvalue()
+
+
+def _kv(rows: Rows) -> bytes:
+    for one in rows.named():
+        if one.split() != [one]:
+            raise WrongIds(f"ids: expected paths without white space, where the file is split, got {one!r}")
+    return _text(f"{one} {label}" for one, label in zip(rows.named(), rows.labels.tolist(), strict=True))
+
+
+def _jsonl(rows: Rows) -> bytes:
+    pairs = zip(rows.named(), rows.labels.tolist(), strict=True)
+    return _text(json.dumps({"id": one, "label": label}, ensure_ascii=True) for one, label in pairs)
+
+
+def _text(lines: Any) -> bytes:
+    try:
+        return "".join(f"{line}\n" for line in lines).encode()
+    except UnicodeEncodeError as error:
+        raise WrongIds(f"ids: expected text that UTF-8 can write, got {error.object[error.start]!r}") from error
+
+
+def _csv(rows: Rows) -> bytes:
+    return csv_bytes({"id": rows.named(), "label": rows.labels.tolist()})
+
+
+def _imagefolder(rows: Rows) -> bytes:
+    return csv_bytes({"file_name": rows.named(), "label": rows.labels.tolist()})
+
+
+def _parquet(rows: Rows) -> bytes:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError("format: parquet needs pyarrow; pip install 'synth-refine[parquet]'") from error
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"id": rows.named(), "label": rows.labels}), buffer)
+    return buffer.getvalue()
+
+
+def _cleanlab(rows: Rows) -> bytes:
+    artifact = rows.artifact
+    if artifact is None:
+        raise InputError(
+            "labels: expected an artifact, since a table of issues holds the given labels too, got an array"
+        )
+    changed = artifact.given != artifact.labels
+    # The confidence in the new label stands against the given one; a kept label has nothing against it.
+    quality = np.where(changed, 1 - np.clip(np.nan_to_num(artifact.confidence, nan=1.0), 0, 1), 1.0)
+    return csv_bytes(
+        {
+            "id": rows.named(),
+            "is_label_issue": changed.tolist(),
+            "label_quality": quality.tolist(),
+            "given_label": artifact.given.tolist(),
+            "predicted_label": artifact.labels.tolist(),
+        }
+    )
+
+
+_CIFAR = r"cifar(10|100)-.*\.npy"
+_CIFAR_TEXT = "cifar10-*.npy or cifar100-*.npy, from which the data set is read"
+_BY_RATE = (
+    "put it into the data path; it is read for the --r and --noise_mode in its name, and r should be the noise left"
+)
+
+FORMATS: Mapping[str, Format] = {
+    "plc": Format(
+        _npy,
+        "put it into noisy_labels/ and start with --noise_label_file {name} --noise_level 0; a level adds noise",
+        count=45_000,
+        every_class=True,
+        name=_CIFAR,
+        name_text=_CIFAR_TEXT,
+    ),
+    "lra": Format(
+        _npy,
+        "put it into noise_label/ and start with --noise_type {stem}",
+        count=45_000,
+        name=_CIFAR,
+        name_text=_CIFAR_TEXT,
+    ),
+    "dividemix": Format(
+        _json,
+        _BY_RATE,
+        count=50_000,
+        name=r"\d\.\d_\w+\.json",
+        name_text="<r with one decimal>_<noise mode>.json, such as 0.2_sym.json",
+    ),
+    "unicon": Format(
+        _npz,
+        _BY_RATE,
+        count=50_000,
+        name=r"clean_\d\.\d{4}_\w+\.npz",
+        name_text="clean_<r with four decimals>_<noise mode>.npz, such as clean_0.2000_sym.npz",
+    ),
+    "cifar-n": Format(
+        _pt,
+        "start with --noise_path {path} --is_human and the noise type of {key}; else labels are drawn anew",
+        count=50_000,
+        name=r".+\.pt",
+        name_text="a .pt file",
+    ),
+    "ssr": Format(
+        _ssr,
+        "start with --noise_file {path}; it is read where it exists",
+        count=50_000,
+        name=r".+\.json",
+        name_text="a .json file",
+    ),
+    "npy": Format(_npy, "an array of int64", name=r".+\.npy", name_text="a .npy file"),
+    "json": Format(_json, "a list of whole numbers", name=r".+\.json", name_text="a .json file"),
+    "pt": Format(_tensor, "an int64 tensor for torch.load", name=r".+\.pt", name_text="a .pt file"),
+    "kv": Format(_kv, "put it where the loader opens noisy_label_kv.txt, before the first epoch", needs_ids=True),
+    "imagefolder": Format(
+        _imagefolder,
+        "put it beside the images as metadata.csv, or pass its rows to inject() with an ImageFolder",
+        name=r".+\.csv",
+        name_text="a .csv file, such as metadata.csv",
+        needs_ids=True,
+    ),
+    "csv": Format(_csv, "columns id and label", name=r".+\.csv", name_text="a .csv file"),
+    "jsonl": Format(_jsonl, "one object with id and label per line"),
+    "parquet": Format(_parquet, "columns id and label"),
+    "cleanlab": Format(
+        _cleanlab,
+        "read it with pandas and pass it as label_issues to cleanlab's CleanLearning.fit",
+        name=r".+\.csv",
+        name_text="a .csv file",
+    ),
+}
+"""The kinds of file that `export` writes, each with its rules."""
