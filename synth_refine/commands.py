@@ -21,7 +21,7 @@ from synth_refine._io.atomic import check_folder, file_hash, write_atomic
 from synth_refine._io.check import InputError, check_array, check_turned
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.untrusted import read_npy
-from synth_refine.images.sources import read_classes
+from synth_refine.images.listing import read_classes
 from synth_refine.labels.artifact import (
     Artifact,
     Damaged,
@@ -94,7 +94,7 @@ def _generate(options: Namespace) -> int:
 
 
 def _embed(options: Namespace) -> int:
-    _show(pipeline.embed(_announced(_settings(options))))
+    _show(pipeline.embed(_announced(_settings(options)), say=_say))
     return FINE
 
 

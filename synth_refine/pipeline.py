@@ -38,7 +38,8 @@ from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes
-from synth_refine.images.sources import Images, open_images, read_classes
+from synth_refine.images.listing import Images, read_classes
+from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
 from synth_refine.refine.estimates import Estimate
@@ -113,6 +114,8 @@ def run(
     check(settings, "run")
     classes = read_classes(settings.classes) if settings.classes else None
     images = open_images(settings.images, list(classes) if classes else None)
+    for note in images.notes:
+        say(note)
     encoder = encoder_of(settings)
     drawer = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
@@ -160,6 +163,8 @@ def check(settings: Settings, command: str) -> None:
         raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     try:
         device = torch.device(device_of(settings))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("torch has more, which are not tested")
     except RuntimeError as error:
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}") from error
     if settings.engine == "local" and device.type == "cuda" and not torch.cuda.is_available():
@@ -385,10 +390,12 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
     )
 
 
-def embed(settings: Settings) -> dict[str, Any]:
+def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
     """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
     images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
+    for note in images.notes:
+        say(note)
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 

@@ -66,7 +66,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in range(24):
             folder = Path("photos", CLASSES[row % 3 if row % 4 else (row + 1) % 3])
             folder.mkdir(parents=True, exist_ok=True)
-            [image] = Glyphs(32).draw([Job(row % 3, row, 99, "", CLASSES[row % 3], "")])
+            [image] = Glyphs(32).generate([Job(row % 3, row, 99, "", CLASSES[row % 3], "")])
             assert image is not None
             image.save(folder / f"{row:02d}.png")
         truth = np.arange(90) % 3

@@ -24,7 +24,7 @@ from synth_refine._io import ray as on_ray
 from synth_refine._io.csv import csv_bytes, read_csv
 from synth_refine.images import encoders
 from synth_refine.images.encoders import encoder_by_name
-from synth_refine.images.sources import Images
+from synth_refine.images.listing import Images
 from synth_refine.labels.artifact import read_artifact
 from synth_refine.labels.files import read_labels
 from synth_refine.pipeline import run
@@ -54,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(COUNT):
         true = number % 3
         given = (true + 1) % 3 if rng.random() < 0.3 else true
-        image = Glyphs(32).draw([Job(true, number, 99, "", CLASSES[true], "")])[0]
+        image = Glyphs(32).generate([Job(true, number, 99, "", CLASSES[true], "")])[0]
         assert image is not None
         folder = root / "photos" / CLASSES[given]
         folder.mkdir(parents=True, exist_ok=True)

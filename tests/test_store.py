@@ -13,6 +13,7 @@ import pytest
 from kills import content, in_child, kill_matrix
 
 from synth_refine import InputError
+from synth_refine._io.atomic import remove_unfinished, write_atomic
 from synth_refine._io.store import open_store, write_file
 
 SETTINGS = {"seed": 1, "classes": {"cat": "tabby", "dog": "dog"}}
@@ -150,3 +151,24 @@ def test_a_full_disk_leaves_nothing_half_done_and_no_folder_that_is_refused(
         work(folder)
         assert content(folder) == content(tmp_path / "whole")
     assert calls > 15
+
+
+def test_the_next_write_of_a_file_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    target, others = tmp_path / ("x" * 250 + ".npy"), [tmp_path / ".x.tmp", tmp_path / ".~lock.x#"]
+    for other in others:
+        other.touch()
+
+    def killed() -> None:
+        with write_atomic(target) as file:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == signal.SIGKILL
+    [left] = set(tmp_path.iterdir()) - set(others)
+    with write_atomic(tmp_path / "other") as file:
+        file.write(b"whole")
+    assert left.exists()
+    with write_atomic(target) as file:  # which nobody else takes for the rest of a killed one
+        remove_unfinished(tmp_path)
+        file.write(b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, "other", ".x.tmp", ".~lock.x#"}

@@ -128,7 +128,7 @@ def test_the_pipeline_gets_the_prompts_steps_guidance_and_seeds(tiny: Path) -> N
     expected = theirs(
         ["A photo of cat."] * 2, generator=seeds, num_inference_steps=2, guidance_scale=1.5, height=16, width=16
     ).images
-    for image, other in zip(ours.draw(jobs), expected, strict=True):
+    for image, other in zip(ours.generate(jobs), expected, strict=True):
         assert image is not None
         assert np.array_equal(np.asarray(image), np.asarray(other))
 
@@ -259,12 +259,12 @@ class Shy:
     def load(self) -> str:
         return "1"
 
-    def draw(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
+    def generate(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
         return [None if job.index % 2 else Image.new("RGB", (4, 4)) for job in jobs]
 
 
 def test_withheld_images_are_noted_and_left_out(tmp_path: Path) -> None:
-    for _ in range(2):  # and not drawn again
+    for _ in range(2):  # and not generated again
         entries = lines(generate_images(tmp_path, ["a"], Shy(), per_class=4))
     assert [entry["sha256"] is None for entry in entries] == [False, True, False, True]
     assert len(list(tmp_path.rglob("*.png"))) == 2
@@ -294,6 +294,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     [
         ({"classes": []}, "classes: expected at least one, got none"),
         ({"classes": ["../up"]}, "classes: expected names that a folder can have, got '../up'"),
+        ({"classes": ["x" * 256]}, "classes: expected names of at most 255 bytes, as folders have, got 256"),
         ({"templates": ["a photo"]}, "templates: expected {category} where the class goes, got 'a photo'"),
         ({"templates": []}, r"templates: expected a list of at least one prompt, got \[\]"),
         ({"templates": "{category}"}, "templates: expected a list of at least one prompt, got '{category}'"),

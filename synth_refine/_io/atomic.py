@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from synth_refine._io.error import InputError
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError("files are written with locks of Linux and macOS: on Windows use WSL") from error
 
 TEMPORARY = ".synth-refine.tmp"
 _held: set[int] = set()  # descriptors of locks
@@ -31,11 +35,12 @@ def _lock(descriptor: int, wait: bool = False) -> None:
 
 
 @contextmanager
-def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def write_atomic(path: str | os.PathLike[str], *, clean: bool = True) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: after a crash at any moment the old content or the new one is there.
 
     The content goes to a temporary file in the same folder and onto the disk, and then takes the target's name. An
-    exception inside the block leaves the target as it was. What a killed write of the same file left behind is removed.
+    exception inside the block leaves the target as it was. What a killed write of the same file left behind is removed
+    first, unless `clean` is False, for folders that are cleaned as a whole.
 
     Example:
         >>> import tempfile
@@ -50,9 +55,9 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise InputError(f"path: expected a file to write, got a folder: {target}")
     if not target.parent.is_dir():
         raise InputError(f"path: expected an existing folder {target.parent} to write {target.name} into, got none")
-    kind = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name may be as long as the system allows
-    remove_unfinished(target.parent, kind)
-    temporary = target.with_name(f".{kind}-{uuid.uuid4().hex}{TEMPORARY}")
+    if clean:
+        remove_unfinished(target.parent, _kind(target))
+    temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as file:
             _lock(file.fileno(), wait=True)  # so that nobody takes it for the rest of a killed write
@@ -64,6 +69,15 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def temporary_name(target: Path) -> Path:
+    """A new name beside a file, which `remove_unfinished` knows as ours."""
+    return target.with_name(f".{_kind(target)}-{uuid.uuid4().hex}{TEMPORARY}")
+
+
+def _kind(target: Path) -> str:
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name may be as long as the system allows
 
 
 def remove_unfinished(folder: str | os.PathLike[str], kind: str | None = None) -> None:

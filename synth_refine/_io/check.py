@@ -44,6 +44,10 @@ def check_folder_name(name: str, value: str) -> None:
     """Refuse a class name that leads out of the folder that its images go into."""
     if value in ("", ".", "..") or "/" in value or "\0" in value:
         raise InputError(f"{name}: expected names that a folder can have, got {value!r}")
+    if (length := len(value.encode("utf-8", "surrogatepass"))) > 255:
+        raise InputError(
+            f"{name}: expected names of at most 255 bytes, as folders have, got {length}: {value[:40]!r}..."
+        )
 
 
 def check_threshold(value: object, expected: str = "a number") -> None:

@@ -44,13 +44,17 @@ def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{name}: {path} is no UTF-8 table: {error}") from error
-    header = rows[0]
+    header, *rows = rows
+    while rows and not rows[-1]:  # blank lines at the end
+        rows.pop()
+    if len(header) == 1 and (sign := next((one for one in ";\t|" if one in header[0]), None)):
+        raise InputError(f"{name}: expected commas between the cells of {path}, got {sign!r}; save it with commas")
     if len(set(header)) != len(header):
         raise InputError(f"{name}: expected every column once in {path}, got {', '.join(header)}")
-    for number, row in enumerate(rows[1:], 2):
+    for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise InputError(f"{name}: expected {len(header)} cells in row {number} of {path}, got {len(row)}")
-    return {column: [_unescape(row[place]) for row in rows[1:]] for place, column in enumerate(header)}
+    return {column: [_unescape(row[place]) for row in rows] for place, column in enumerate(header)}
 
 
 def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:

@@ -1,16 +1,18 @@
-"""Names in, the one order out in which this package lists classes, files and rows."""
+"""The one order of names: IMG_2 before IMG_10."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 
-def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """The key by which names sort as people count: numbers in them by their value, then all else as text.
+def natural_key(name: str | Path) -> tuple[object, ...]:
+    """What to sort names by: runs of digits count as numbers, all else by its characters.
 
     Example:
-        >>> sorted(["bird10", "bird2", "Bird1", "10", "9", "09"], key=natural_key)
-        ['09', '9', '10', 'Bird1', 'bird2', 'bird10']
+        >>> sorted(["10", "9", "a10", "a2", "b"], key=natural_key)
+        ['9', '10', 'a2', 'a10', 'b']
     """
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(0, int(one), "") if one[0] in "0123456789" else (1, 0, one) for one in parts], name
+    parts = re.split(r"([0-9]+)", str(name))
+    numbers = [(len(part.lstrip("0")), part.lstrip("0")) for part in parts[1::2]]  # int() has a limit of digits
+    return (*[one for pair in zip(parts[::2], [*numbers, (0, "")], strict=True) for one in pair], str(name))

@@ -143,7 +143,7 @@ def open_store(
 def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> str:
     """Write a file whole or not at all; the SHA-256 of its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as file:
+    with write_atomic(path, clean=False) as file:
         if callable(content):
             content(file)
         else:

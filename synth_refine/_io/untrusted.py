@@ -80,14 +80,19 @@ def open_plain(name: str, path: str | os.PathLike[str]) -> BinaryIO:
         InputError: There is no such file, or it is not a regular one.
     """
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise InputError(f"{name}: expected a file, got {'a folder' if stat.S_ISDIR(mode) else 'a device'}: {path}")
-        return open(path, "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{name}: {error}: {path!r}") from error
+        raise InputError(f"{name}: {error}: {path!r}") from error
     except OSError as error:
         raise InputError(f"{name}: cannot be read, {error.strerror or error}: {path}") from error
+    there = os.fstat(descriptor)
+    if stat.S_ISREG(there.st_mode) and there.st_size:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISREG(there.st_mode):  # empty, or one of the system's, which may have no end
+        return io.BytesIO()
+    kind = "a folder" if stat.S_ISDIR(there.st_mode) else "a device"
+    raise InputError(f"{name}: expected a file, got {kind}: {path}")
 
 
 def read_json(name: str, path: str | os.PathLike[str], most_bytes: int = 1 << 24) -> Any:
@@ -156,7 +161,8 @@ def read_npy(name: str, path: str | os.PathLike[str], kinds: str = "iuf") -> NDA
             objects, records, text or another unwanted type.
     """
     with open_plain(name, path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         head = file.read(12)
         if not head.startswith(NPY_MAGIC):
             raise InputError(f"{name}: expected a .npy file, but {path} is {_kind(head + file.read(500))}")
@@ -193,6 +199,8 @@ def _npy_header(name: str, path: str | os.PathLike[str], header: bytes) -> tuple
         shape, fortran = fields["shape"], fields["fortran_order"]
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"the shape is {shape!r}")
+        if len(shape) > 32 or (0 in shape and math.prod(max(n, 1) for n in shape) >= 1 << 60):
+            raise ValueError(f"the shape has {len(shape)} dimensions, or is too large for an empty array")
         if not isinstance(fortran, bool):
             raise ValueError(f"fortran_order is {fortran!r}")
         if not isinstance(fields["descr"], str):

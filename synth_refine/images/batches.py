@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from synth_refine._io.check import InputError
 from synth_refine.images.decode import decode, fitted
 from synth_refine.images.encoders import Encoder, Preprocess
+from synth_refine.images.listing import Images
 from synth_refine.images.readers import Reader
-from synth_refine.images.sources import Images
 
 Decoded: TypeAlias = "tuple[int, NDArray[np.uint8], NDArray[np.bool_]]"  # number of a batch, pixels, which are good
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from synth_refine._io.check import InputError
 from synth_refine._io.untrusted import what_is
 from synth_refine.images.encoders import Preprocess
-from synth_refine.images.readers import _bytes
+from synth_refine.images.readers import MOST_BYTES, _bytes
 
 FORMATS = tuple(
     name
@@ -30,6 +30,8 @@ SUFFIXES = {
 formats. Which of them a file is, its content tells.
 """
 
+THINNEST = 16  # a side that is longer than so many times the other is cut, before a picture is enlarged
+
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a decompression bomb, where it only warns."""
 
@@ -42,7 +44,8 @@ def decode(
 ) -> Image.Image:
     """Decode an image to RGB, upright, on white where it is transparent; the first frame of an animated one.
 
-    Whole numbers of 16 or 32 bits per pixel are taken as of 8 bits where an image has none above 255, else as of 16.
+    Whole numbers of 16 or 32 bits per pixel are divided by 257, in every image alike; one with none above 255 is
+    refused, as it would be black.
 
     Args:
         source: The bytes of a file, or its path.
@@ -64,6 +67,8 @@ def decode(
         data = source
     else:
         data = _bytes(source)
+    if len(data) > MOST_BYTES:
+        raise InputError(f"image: expected at most {MOST_BYTES} bytes, got {len(data)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow remarks on damaged metadata, which the pixels do not need
@@ -73,7 +78,7 @@ def decode(
                 if at_least is not None:
                     image.draft("RGB", (2 * at_least[1], 2 * at_least[0]))
                 image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+                return _rgb(_upright(image))
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -84,22 +89,32 @@ def decode(
         raise InputError(f"image: damaged or truncated, {text[:160]}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; as it is where that is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged block can fail in any way
+        return image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):  # of 16 or 32 bits per pixel, of which Pillow takes the upper ones or clips them
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
         if low < 0 or high > 65535:
             raise InputError(f"image: expected at most 16 bits per pixel, got values {low} to {high}")
-        if high > 255:  # values that 8 bits can hold are such, or else the image would be black in any case
-            values = (values + 128) // 257
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+        if 0 < high <= 255:
+            raise InputError(f"image: expected 16 bits per pixel, got values to {high}; save it with 8 bits per pixel")
+        return Image.fromarray(((np.arange(65536) + 128) // 257).astype(np.uint8)[values]).convert("RGB")
     if image.mode == "F":
         raise InputError("image: expected pixels in whole numbers, got floating-point ones, whose range is not known")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        page = Image.new("RGB", layer.size, "white")
+        page.paste(layer, mask=layer)
+        return page
     return image.convert("RGB")
 
 
@@ -111,7 +126,17 @@ def fitted(image: Image.Image, preprocess: Preprocess | None) -> Image.Image:
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
     if (image.height, image.width) == (height, width):
         return image
+    if preprocess.crop:  # what will be cut off is not enlarged: a picture of 1 x 4,000,000 would fill the memory
+        image = _cut_thin(image, THINNEST * max(1, -(-max(height, width) // min(height, width))))
     rows, columns = preprocess.resized(image.height, image.width)
     image = image.resize((columns, rows), filters[preprocess.interpolation])
     left, top = round((columns - width) / 2), round((rows - height) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def _cut_thin(image: Image.Image, most: int) -> Image.Image:
+    """The middle of a picture that is more than `most` times as long as it is wide."""
+    short = min(image.size)
+    cut = [min(side, short * most) for side in image.size]
+    left, top = ((side - kept) // 2 for side, kept in zip(image.size, cut, strict=True))
+    return image if cut == list(image.size) else image.crop((left, top, left + cut[0], top + cut[1]))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +129,12 @@ class TorchEncoder:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where it computes; None for a network without weights, which computes where the images are."""
+        state = next(chain(self.module.parameters(), self.module.buffers()), None)
+        return None if state is None else state.device
+
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Features, batch by batch.
@@ -144,8 +151,7 @@ class TorchEncoder:
         check_images(images)
         if len(images) == 0:
             raise InputError("images: expected at least one, got none")
-        state = [*self.module.parameters(), *self.module.buffers()]
-        device = state[0].device if state else images.device
+        device = self.device or images.device
         parts = []
         single = len(images) <= self.batch_size  # whoever embeds batch by batch has a bar already
         for batch in tqdm(torch.split(images, self.batch_size), self.name, disable=single or None, leave=False):
@@ -280,7 +286,7 @@ def check_activation(model: str, tag: str, config: Any, tags: Callable[[str, str
     Raises:
         InputError: GELU and QuickGELU do not agree, with the name that does.
     """
-    known = tags(model, tag)
+    known = tags(model, tag) or tags(model.removesuffix("-quickgelu"), tag)
     if config is None or not known or bool(known.get("quick_gelu")) == bool(config.get("quick_gelu")):
         return
     other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"

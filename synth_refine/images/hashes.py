@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from synth_refine._io.check import InputError
 from synth_refine._io.ray import check_engine, on_cluster
+from synth_refine.images.listing import Images
 from synth_refine.images.readers import ParquetRows, Reader, part_of
-from synth_refine.images.sources import Images
 
 SHARD_ROWS = 4096  # images per task
 

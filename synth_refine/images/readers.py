@@ -13,7 +13,7 @@ import numpy as np
 from synth_refine._io.check import InputError
 from synth_refine._io.untrusted import open_plain
 
-BATCH_ROWS = 64
+MOST_BYTES = 1 << 28  # of an image file
 
 
 class Reader(Protocol):
@@ -93,10 +93,14 @@ class HubRows:
         return _cell_bytes(cell, row)
 
 
-def _bytes(path: str | os.PathLike[str], offset: int = 0, size: int = -1) -> bytes:
+def _bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
     """The bytes of a file, or `size` of them from `offset` on."""
     with open_plain("image", path) as file:
         try:
+            if size is None:
+                size = file.seek(0, os.SEEK_END) - offset
+            if size > MOST_BYTES:
+                raise InputError(f"image: expected at most {MOST_BYTES} bytes, got {size}: {path}")
             file.seek(offset)
             return file.read(size)
         except OSError as error:

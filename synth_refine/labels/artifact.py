@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine import __version__
-from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder
+from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder, temporary_name
 from synth_refine._io.check import Array, InputError, LabelsT, check_array, labels_like
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase as WrongBase
@@ -308,9 +307,12 @@ def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]]
     _settle(root)
     hashes = {}
     for name, write in contents.items():
-        place = _staged(root, name, 2 * uuid.uuid4().hex)  # until its hash is known
-        hashes[name] = write_file(place, write)
-        os.replace(place, _staged(root, name, hashes[name]))
+        place = temporary_name(root / name)
+        try:
+            hashes[name] = write_file(place, write)
+            os.replace(place, _staged(root, name, hashes[name]))
+        finally:
+            place.unlink(missing_ok=True)
     write_file(root / "run.json", (json.dumps({**run, "files": hashes}, indent=2, allow_nan=False) + "\n").encode())
     _settle(root)
 

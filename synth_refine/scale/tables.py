@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_refine._io.check import InputError, check_array, check_labels
+from synth_refine._io.order import natural_key
 from synth_refine._io.untrusted import read_npy
 from synth_refine.refine.result import REASONS, Action
 
@@ -180,7 +181,7 @@ def _files(name: str, source: str | os.PathLike[str]) -> list[str]:
     if not path.is_dir():
         return [str(path)]
     for suffix in (".npy", ".parquet"):
-        if files := sorted(path.glob(f"*{suffix}")):
+        if files := sorted(path.glob(f"*{suffix}"), key=natural_key):
             return [str(file) for file in files]
     raise InputError(f"{name}: expected .npy or .parquet files in the folder {path}, got none")
 

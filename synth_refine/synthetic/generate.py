@@ -68,12 +68,12 @@ def generate_images(
     """Fill a folder with one folder of images per class, and a manifest.
 
     Killed or out of disk space at any moment, it resumes to the same files when called again. Started by `accelerate
-    launch` or `torchrun` on several GPUs, each process draws its share.
+    launch` or `torchrun` on several GPUs, each process generates its share.
 
     Args:
         folder: Where the images go; made if it is missing.
         classes: Names of the classes, with what prompts call them where that is something else.
-        generator: What draws.
+        generator: What generates them.
         per_class: Images per class.
         templates: Prompts with `{category}` in them, taken in turn within a class.
         seed: Not negative. One seed per image is made of it, the class and the index.
@@ -112,11 +112,11 @@ def generate_images(
         share.wait()  # nobody writes before everybody has read
         size = generator.batch_size
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        # A batch is drawn as a whole even if some of it is there: its images depend on each other by rounding errors.
+        # A batch is generated as a whole even if some of it is there: rounding makes its images depend on each other.
         if missing := [batch for batch in batches if any(job.file not in done for job in batch)]:
             revision = generator.load()
             _check_revision(store, revision)
-            _draw(store, generator, revision, share.part(missing), done)
+            _generate(store, generator, revision, share.part(missing), done)
         share.wait()
         if share.first:
             store.finish([job.file for job in jobs])
@@ -125,7 +125,7 @@ def generate_images(
 
 
 class _Share:
-    """The part of this process in a job of several, by accelerate; all of it where there is only one."""
+    """The part of a job that falls to this process, by accelerate; all of it for a single process."""
 
     def __init__(self) -> None:
         self.state: Any = None
@@ -135,7 +135,7 @@ class _Share:
             except ImportError as error:
                 raise ImportError("several processes need accelerate: pip install 'synth-refine[generate]'") from error
             self.state = PartialState(cpu=not torch.cuda.is_available())
-            if self.state.num_processes != int(os.environ["WORLD_SIZE"]):  # else all would draw everything
+            if self.state.num_processes != int(os.environ["WORLD_SIZE"]):  # else all would generate everything
                 raise InputError(f"WORLD_SIZE: expected {self.state.num_processes}, as accelerate counts processes")
         self.number = 0 if self.state is None else self.state.process_index
         self.first = self.number == 0
@@ -146,7 +146,7 @@ class _Share:
             self.state.wait_for_everyone()
 
     def part(self, batches: list[list[Job]]) -> list[list[Job]]:
-        """What this process draws."""
+        """What this process generates."""
         if self.state is None:
             return batches
         with self.state.split_between_processes(batches) as mine:
@@ -172,15 +172,15 @@ def _check_revision(store: Store, revision: str) -> None:
         )
 
 
-def _draw(
+def _generate(
     store: Store, generator: Generator, revision: str, batches: Sequence[Sequence[Job]], done: Collection[str]
 ) -> None:
-    """Draw the missing images of batches; an image that the model withheld is listed without a hash."""
+    """Generate the missing images of batches; an image that the model withheld is listed without a hash."""
     model = generator.about["model"]
     count = sum(job.file not in done for batch in batches for job in batch)
-    with tqdm(total=count, desc="drawing", unit="image", disable=None, leave=False) as bar:
+    with tqdm(total=count, desc="generating", unit="image", disable=None, leave=False) as bar:
         for batch in batches:
-            for job, image in zip(batch, generator.draw(batch), strict=True):
+            for job, image in zip(batch, generator.generate(batch), strict=True):
                 if job.file in done:
                     continue
                 about = {"class": job.name, "prompt": job.prompt, "seed": job.seed, "model": model}

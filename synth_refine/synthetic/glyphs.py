@@ -19,7 +19,7 @@ from synth_refine.synthetic.jobs import Job
 OTHER_SIGNS = {"LastResortHE-Regular.ttf", "cmex10.ttf", "cmsy10.ttf"}
 """Fonts that show something else at the code points of letters and digits."""
 
-OVERSAMPLING = 4  # drawn at this many times the size, so that the shrinking smooths the edges
+OVERSAMPLING = 4  # rendered at this many times the size; shrinking smooths the edges
 
 
 def render_glyphs(
@@ -27,8 +27,8 @@ def render_glyphs(
 ) -> tuple[Tensor, Tensor]:
     """Render each text many times, light on dark, with the fonts that matplotlib carries.
 
-    Font, size, proportions, position, rotation, shear, stroke thickness, blur and contrast are drawn at random for
-    every image. Image `i` of a class does not depend on how many images or other classes are drawn. The same versions
+    Font, size, proportions, position, rotation, shear, stroke thickness, blur and contrast are random for
+    every image. Image `i` of a class does not depend on how many images or other classes there are. The same versions
     of Pillow and matplotlib give the same bytes.
 
     Args:
@@ -119,7 +119,7 @@ def _charmaps() -> dict[Path, frozenset[int]]:
         import matplotlib
         from matplotlib.ft2font import FT2Font
     except ImportError as error:
-        raise ImportError("glyphs are drawn with matplotlib's fonts: pip install 'synth-refine[bench]'") from error
+        raise ImportError("glyphs are rendered with matplotlib's fonts: pip install 'synth-refine[bench]'") from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     files = sorted(path for path in folder.glob("*.ttf") if path.name not in OTHER_SIGNS)
     return {path: frozenset(FT2Font(str(path)).get_charmap()) for path in files}
@@ -150,7 +150,7 @@ class Glyphs:
         return {"model": "glyphs", "size": self.size, "detail": self.detail}
 
     def load(self) -> str:
-        """The versions of the libraries that draw."""
+        """The versions of the libraries that render."""
         import PIL
 
         _charmaps()
@@ -158,7 +158,7 @@ class Glyphs:
 
         return f"pillow {PIL.__version__}, matplotlib {matplotlib.__version__}"
 
-    def draw(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
+    def generate(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
         """The same pictures as `render_glyphs` gives for these classes and indices."""
         images: list[Image.Image | None] = []
         for job in jobs:

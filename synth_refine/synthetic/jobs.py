@@ -66,7 +66,7 @@ class Generator(Protocol):
         """All that its images depend on besides the jobs, as JSON takes it; `model` names it."""
 
     def load(self) -> str:
-        """Get ready to draw; the revision of the model."""
+        """Load the model; its revision."""
 
-    def draw(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
+    def generate(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
         """One image per job; None where the model's own safety checker withheld it."""

@@ -102,7 +102,7 @@ class TextToImage:
         self._pipeline.set_progress_bar_config(disable=True)
         return revision
 
-    def draw(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
+    def generate(self, jobs: Sequence[Job]) -> list[Image.Image | None]:
         """One call of the pipeline, with a random generator per image."""
         try:
             result = self._pipeline(
