@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _call("apply", reviewed, "--images", f"{root}/images", "--out", f"{root}/cleaner")
     _call("revert", reviewed, "--images", f"{root}/cleaner", "--out", f"{root}/again")
     summary = json.loads((root / "result" / "summary.json").read_bytes())
-    estimates = ("agreement", "domain_gap", "synthetic_accuracy", "noise_before", "noise_after", "wrong_changes")
+    known = ("synthetic_accuracy", "noise_before", "noise_after", "wrong_changes", "warnings")
     row = {
         "dataset": options.dataset,
         "encoder": options.encoder,
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "wrong_after": _wrong(root / "cleaner", truth),
         "reverted": _same(root / "images", root / "again"),
     }
-    notes = {name: summary[name] for name in (*estimates, "decision", "warnings")}
+    notes = {name: summary[name] for name in known}
     record = {"benchmark": "from_folder", "environment": environment(), "rows": [row], "notes": notes}
     write_record(options.out / f"from_folder_{digest(record)}.json", record)
     print(json.dumps(row, indent=1))

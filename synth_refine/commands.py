@@ -102,6 +102,7 @@ def _embed(options: Namespace) -> int:
 def _refine(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
+    check_free(settings.out)
     features = read_npy("features", settings.features, "f")
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(settings.given, key=settings.key)
@@ -118,8 +119,8 @@ def _refine(options: Namespace) -> int:
         settings=pipeline.recorded(settings, "refine", result) | named,
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
-        _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; PLC, for one, refuses such labels")
-    return _keep(options, artifact, pipeline.estimates_of(result))
+        _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases refuse such labels")
+    return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
 
 
 def _arrays(settings: Settings) -> dict[str, Any]:
@@ -168,24 +169,28 @@ def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estima
 def _scale(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
-    inputs = pipeline.options_of(settings) | _arrays(settings)
-    head = inputs.pop("head", None)
+    inputs = _arrays(settings)
     given, features = shards_sample(settings.features, settings.given, SAMPLE_ROWS)
-    for doubt in pipeline.doubts(features, given, inputs):
+    told = pipeline.doubts(features, given, inputs)
+    for doubt in told:
         _say(f"warning: {doubt}")
+    inputs["second_view" if "synthetic_features" in inputs else "logits"] = settings.logits
     summary = refine_shards(
         settings.features,
         settings.given,
         settings.out,
-        logits=settings.logits,
-        head=head,
         shard_rows=settings.shard_rows,
         engine=settings.engine,
         address=settings.address,
         progress=sys.stderr.isatty(),
+        **pipeline.options_of(settings),
         **inputs,
     )
-    _show({"out": settings.out, **asdict(summary)})
+    for doubt in summary.warnings[len(told) :]:
+        _say(f"warning: {doubt}")
+    counts = ("rows", "changed", "abstained", "unscored", "shards", "reused")
+    known = {name: one and one.value for name, one in pipeline.estimates_of(summary.diagnostics).items()}
+    _show({"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
     return FINE
 
 
@@ -304,8 +309,8 @@ def _dtype(path: str) -> np.dtype[Any]:
 
 
 def _counts(artifact: Artifact) -> dict[str, int]:
-    undecided = int((artifact.action == "abstain").sum())
-    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": undecided}
+    abstained = int((artifact.action == "abstain").sum())
+    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": abstained}
 
 
 def _show(result: Mapping[str, object]) -> None:

@@ -80,7 +80,7 @@ class Summary:
         found = {}
         for name, value in vars(self).items():
             text = f"{value:.3f}" if isinstance(value, float) else str(value)
-            text = "; ".join(value) if isinstance(value, tuple) else text
+            text = "; ".join(value) or "none" if isinstance(value, tuple) else text
             found[name.replace("_", " ")] = "not estimated" if value is None else text
         return found
 
@@ -165,7 +165,7 @@ def check(settings: Settings, command: str) -> None:
     device = device_of(settings)
     if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}")
-    if settings.engine == "local" and device.startswith("cuda") and not torch.cuda.is_available():
+    if settings.engine == "local" and device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
 
 
@@ -329,7 +329,7 @@ def evidence_of(
         threshold=limits[np.isfinite(limits)].tolist() or None,
         sweep=[page.taken_from(page.SweepRow, row) for row in getattr(known, "sweep", ())],
         quality=page.taken_from(page.Quality, prototype_quality(reference, intended, len(real.images.classes))),
-        notes={name: text for name, text in summary.lines().items() if name in NOTES and text},
+        notes={name: text for name, text in summary.lines().items() if name in NOTES},
     )
 
 
@@ -363,9 +363,8 @@ def redraw(settings: Settings) -> Summary:
     return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 
 
-def estimates_of(result: Refinement) -> dict[str, Estimate | None]:
+def estimates_of(known: object) -> dict[str, Estimate | None]:
     """How many labels are wrong before and after, and how many changes; None where that is not estimated."""
-    known = result.diagnostics
     if not isinstance(known, AnchoredDiagnostics):
         return {}
     names = {"before": "noise_before", "after": "noise_after", "wrong_changes": "wrong_changes"}
@@ -385,7 +384,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
         synthetic=len(synthetic.usable),
         warnings=tuple(known.warnings),
         synthetic_accuracy=getattr(known, "synthetic_accuracy", None),
-        **estimates_of(result),
+        **estimates_of(known),
     )
 
 

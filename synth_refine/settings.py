@@ -33,11 +33,9 @@ WAYS = {
 """The ways in which a command can go, as messages name them; see `ways`."""
 
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
-
-
 STORED = ".npy, for scale also a folder of shards"
 GIVEN = f"the labels as given: {STORED}, for refine also .csv with id, or CIFAR-N's .pt"
-CLASSES = "class names, or folder names with what prompts call them; refine and scale record them for apply --images"
+CLASSES = "class names, or folder names with what prompts call them; refine records them for apply --images"
 REFINER = "anchored where there are synthetic features, else paper"
 LOGITS = (
     "outputs of a classifier, (N, C) floats; anchored reads them as a second annotator: they must be cross-validated, "
@@ -52,6 +50,7 @@ ARRAYS, EMBEDS = {"commands": ("refine", "scale")}, {"commands": ("run", "embed"
 GENERATES: dict[str, Any] = {"commands": ("run", "generate"), "use": ("generated",)}
 SYNTHETIC: dict[str, Any] = {**ARRAYS, "use": ("anchored", "outputs", "heads"), "needed": True}
 ENGINES_OF = {"commands": ("run", "scale", "embed")}
+CLASSED = {"commands": ("run", "refine", "embed", "generate")}
 ALL = {"commands": ("run", "refine", "scale", "embed", "generate")}
 """Who takes a setting."""
 
@@ -88,7 +87,7 @@ class Settings:
     )
     given: str = _setting("", GIVEN, ARRAYS, needed=True, metavar="PATH")
     key: str | None = _setting(None, "the entry of the given labels, for a .pt file", {"commands": ("refine",)})
-    classes: str | None = _setting(None, CLASSES, ALL, needed=("generate",), metavar="YAML")
+    classes: str | None = _setting(None, CLASSES, CLASSED, needed=("generate",), metavar="YAML")
     refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=("anchored", "paper"))
     synthetic: str | None = _setting(
         None, "synthetic images, like IMAGES; generated where not given", RUN, metavar="SOURCE"
@@ -190,7 +189,7 @@ def ways(command: str, entries: Mapping[str, Any]) -> set[str]:
         return found | {"anchored"}
     if not entries.get("logits"):
         found.add("one classifier")
-    if not synthetic:
+    if not synthetic or command == "scale":
         return found | {"paper", "prototypes"}
     return found | {"paper", "outputs" if entries.get("logits") else "heads"}
 
@@ -231,7 +230,7 @@ def check_entries(command: str, entries: Mapping[str, Any], source: str = "") ->
         if not (value is None and known[name].default is None) and not fits(known[name], value):
             raise InputError(f"{name}: expected {expected(known[name])}, got {shorten(value)}{where}")
     if fault := usage_fault(command, entries):
-        raise InputError(f"{command}: {fault}{where}")
+        raise InputError(f"{'config' if source else 'settings'}: {fault}{where}")
 
 
 def shorten(value: object) -> str:
@@ -305,6 +304,6 @@ def resolved(entries: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(entries)
     for name in ("images", "classes", "synthetic", "encoder", "weights", "logits", "text_prototypes", "out", "model"):
         value = found.get(name)
-        if value and (name == "out" or Path(value).exists() or bool(glob(value))):
+        if value and value != "glyphs" and (name == "out" or Path(value).exists() or bool(glob(value))):
             found[name] = str(Path(value).absolute())
     return found

@@ -22,7 +22,7 @@ from synth_refine.labels import export
 from synth_refine.labels.artifact import read_artifact
 from synth_refine.labels.files import read_labels, read_labels_and_ids, write_labels
 from synth_refine.scale import tables
-from synth_refine.settings import Settings, flag, kind_of, of_command
+from synth_refine.settings import Settings, flag, kind_of, of_command, usage_fault
 from synth_refine.synthetic.generate import PER_CLASS
 from synth_refine.synthetic.jobs import TEMPLATES
 from synth_refine.synthetic.text_to_image import SDXL_TURBO
@@ -474,6 +474,18 @@ def help_of(command: str) -> str:
     with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as text:
         cli.main([command, "--help"])
     return text.getvalue()
+
+
+def test_the_commands_in_the_documents_are_valid() -> None:
+    root, count = Path(__file__).parents[1], 0
+    for document in sorted(root.rglob("*.md")):
+        for line in re.findall(r"^synth-refine .*$", document.read_text().replace("\\\n", " "), re.M):
+            given = vars(cli._parser().parse_args(shlex.split(line, comments=True)[1:]))
+            known = {one.name for one in of_command(given["command"])}
+            entries = {name: value for name, value in given.items() if name in known and value is not None}
+            assert usage_fault(given["command"], entries) is None, line
+            count += 1
+    assert count > 8
 
 
 def test_it_is_said_before_a_hub_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

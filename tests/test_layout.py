@@ -39,7 +39,7 @@ ROOMS = {
 """What each folder and file of synth_refine may import of the others."""
 
 MOST_LINES = 400
-LONG = {"labels/inject.py", "refine/em.py", "scale/anchored.py", "scale/shards.py"}
+LONG = {"labels/artifact.py", "refine/em.py"}
 """Files that are being cut."""
 
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch", "ray": "ray[data]"}

@@ -29,6 +29,7 @@ from synth_refine.labels.artifact import read_artifact
 from synth_refine.labels.files import read_labels
 from synth_refine.pipeline import run
 from synth_refine.refine import front
+from synth_refine.refine.prototypes import class_prototypes
 from synth_refine.settings import Settings
 from synth_refine.synthetic.glyphs import Glyphs
 from synth_refine.synthetic.jobs import Job
@@ -302,11 +303,19 @@ def test_every_command_gives_the_same_labels(refiner: str, source: Path, monkeyp
     ):
         assert cli.main(command.split()) == 0
     np.save("given.npy", read_labels("real/given.csv"))
-    arrays = "--features real/features.npy --synthetic synthetic/features.npy --synthetic-labels synthetic/given.csv"
-    arrays += f" --refiner {refiner}"
-    assert cli.main(f"run photos --synthetic generated --out out {given} --refiner {refiner}".split()) == 0
-    assert cli.main(f"refine {arrays} --given real/given.csv --out refined".split()) == 0
-    assert cli.main(f"scale {arrays} --given given.npy --shard-rows 100 --out scaled".split()) == 0
+    synthetic = "--synthetic synthetic/features.npy --synthetic-labels synthetic/given.csv"
+    more, instead = f"--refiner {refiner}", synthetic
+    if refiner == "paper":
+        labels = read_labels("synthetic/given.csv")
+        np.save("prototypes.npy", class_prototypes(np.load("synthetic/features.npy"), labels, 3))
+        np.save("logits.npy", np.random.default_rng(0).normal(size=(COUNT, 3)).astype(np.float32))
+        more, instead = f"{more} --logits logits.npy --threshold 0.4", "--prototypes prototypes.npy"
+    for command in (
+        f"run photos --synthetic generated --out out {given} {more}",
+        f"refine --features real/features.npy --given real/given.csv {synthetic} {more} --out refined",
+        f"scale --features real/features.npy --given given.npy {instead} {more} --shard-rows 100 --out scaled",
+    ):
+        assert cli.main(command.split()) == 0
     run, refined, scaled = (read_artifact(folder).labels for folder in ("out/refined", "refined", "scaled"))
     assert len(read_artifact("refined").changed) > 20
     assert run.tolist() == refined.tolist()

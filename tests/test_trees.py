@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,27 +83,6 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> 
         apply_tree(small(ids, [1, 1], [0, 1]), tmp_path / "old", tmp_path / "new")
     with pytest.raises(InputError, match=r"ids such as class/name\.jpg, got 'cat/\.\./\.\./x\.png'"):
         new_places(small(["cat/../../x.png"], [0], [1]))
-
-
-def test_a_killed_apply_leaves_no_folder_and_works_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = [f"cat/{row}.png" for row in range(4)]
-    artifact = small(ids, [0] * 4, [0, 1, 0, 1])
-    fill(tmp_path / "old", ids)
-    copy = shutil.copy2
-
-    def dying(origin: Path, target: Path) -> None:
-        if origin.name == "2.png":
-            raise KeyboardInterrupt
-        copy(origin, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copy2", dying)
-        with pytest.raises(KeyboardInterrupt):
-            apply_tree(artifact, tmp_path / "old", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    apply_tree(artifact, tmp_path / "old", tmp_path / "new")
-    assert sorted(content(tmp_path / "new")) == ["cat/0.png", "cat/2.png", "dog/1.png", "dog/3.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
 
 
 def test_class_names_that_lead_out_of_a_folder_are_refused() -> None:

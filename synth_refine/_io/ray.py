@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ENGINES = ("local", "ray")
-ENGINE_HELP = "ray: a cluster whose nodes see the same folders; what is written is the same (local)"
+ENGINE_HELP = "ray: a cluster whose nodes see the same folders; what is written is the same"
 ADDRESS_HELP = "ray: of the cluster; by default RAY_ADDRESS, a cluster running on this machine, or a new one"
 MISSING = "engine: ray is not installed; install it with `pip install 'synth-refine[ray]'`"
 PASSED_ON = (InputError, OSError, ImportError)

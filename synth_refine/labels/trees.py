@@ -23,7 +23,8 @@ from synth_refine._io.check import InputError, check_folder_name
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase
 from synth_refine.images.hashes import content_hashes
-from synth_refine.images.sources import Images, open_images
+from synth_refine.images.listing import Images
+from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact
 from synth_refine.labels.cells import with_column
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,8 @@ from synth_refine.scale.tables import (
     shard_table,
     shards_sample,
 )
+
+WORK = ("steps/", "scratch/")  # what is kept until the shards are there
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,9 @@ def refine_shards(
             _fill(store, todo, partial(score_shard, rule), engine, address, progress, len(shards))
         elif todo:
             found = _solved(store, todo, plan, progress, len(shards))
+        store.drop([name for name in store.entries if name.startswith(WORK)])
+        for folder in WORK:
+            shutil.rmtree(store.root / folder, ignore_errors=True)
         store.finish([shard.name for shard in shards])
         lines = [store.entries[shard.name] for shard in shards]
         write_from_shards(root, store.root, shards, classes, settings, inputs)
@@ -208,11 +214,7 @@ def _solved(store: Store, todo: list[Shard], plan: Anchored, progress: bool, tot
     """The shards that are missing by the anchored refiner, whose steps are kept in the store until they are there."""
     with plan.solved(store, progress) as solved:
         _fill(store, todo, solved.scores, "local", None, progress, total)
-        found = solved.diagnostics
-    store.drop([name for name in store.entries if name.startswith(("steps/", "scratch/"))])
-    for folder in ("steps", "scratch"):
-        (store.root / folder).rmdir()
-    return found
+        return solved.diagnostics
 
 
 def _fill(
