@@ -208,7 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_common(parser)
     add("--json", action="store_true", help="print the records instead of the table")
     add("--dry-run", action="store_true", help="list the runs and do nothing")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
