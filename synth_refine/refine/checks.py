@@ -280,6 +280,11 @@ def compare_stories(by_prototypes: Tensor, by_given: Tensor, given: Tensor, tran
             f"images that look like a synthetic class mostly carry the label of another, all round: {shown_cycles} "
             f"(up to {clearest:.1f} times as often as their own label); do the class numbers mean the same?"
         )
+    elif max(learnt, shown) <= 0 and len(given) >= ROWS_PER_CLASS * classes and bool((given != given[0]).any()):
+        message = (
+            "neither the features nor the synthetic images tell anything about the given labels; does the encoder see "
+            "what is in the images?"
+        )
     elif share < TELLING:
         message = (
             f"the synthetic images tell only {share:.0%} of what the features tell about the given labels; do they "
