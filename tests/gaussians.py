@@ -26,7 +26,8 @@ class Problem:
         return self.features, self.given, self.synthetic, self.synthetic_labels
 
     def refine(self, **options: Any) -> Refinement:
-        return refine_anchored(*self.arrays, **{"rounds": 4, **options})
+        """Few rounds are enough for so easy classes."""
+        return refine_anchored(*self.arrays, **{"rounds": 2, **options})
 
     def wrong(self, result: Refinement) -> float:
         """Fraction of wrong labels after the refinement."""
@@ -34,6 +35,7 @@ class Problem:
 
     @property
     def noise(self) -> float:
+        """Fraction of wrong labels before it."""
         return float((self.given != self.true).mean())
 
 
@@ -46,8 +48,9 @@ def problem(
     seed: int = 0,
     distance: float = 4.0,
     flips: str = "uniform",
+    off: float = 0.3,
 ) -> Problem:
-    """Classes `distance` deviations apart, synthetic images of another domain, and labels that flip.
+    """Classes, synthetic images of another domain, and labels of which some flip.
 
     Args:
         count: N.
@@ -56,14 +59,16 @@ def problem(
         noise: Fraction of the labels that flip.
         per_class: Synthetic images per class.
         seed: Of everything.
-        distance: Between the centres of two classes.
-        flips: "uniform" to any other class, or "next": to the next one, for all classes but the first.
+        distance: Deviations between the centres of two classes.
+        flips: "uniform", to any other class; "next", to the next one, but class 0 never.
+        off: How far synthetic images lie beside the real ones of their class, in distances of two classes.
     """
     rng = np.random.default_rng(seed)
-    centers = distance * np.linalg.qr(rng.normal(size=(max(width, classes),) * 2))[0][:classes, :width] / np.sqrt(2)
+    centers = distance / np.sqrt(2) * np.linalg.qr(rng.normal(size=(max(width, classes),) * 2))[0][:classes, :width]
     true = rng.integers(0, classes, count)
     other = (true + (rng.integers(1, max(classes, 2), count) if flips == "uniform" else (true > 0))) % classes
     labels = np.repeat(np.arange(classes), per_class)
     real, synthetic = (centers[one] + rng.normal(size=(len(one), width)) for one in (true, labels))
+    synthetic += off * distance * rng.normal(size=centers.shape)[labels] / np.sqrt(width)
     given = np.where(rng.random(count) < noise, other, true)
     return Problem(real.astype(np.float32), given, (synthetic + 1).astype(np.float32), labels, true)

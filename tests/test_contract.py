@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from dataset_shapes import CLASSES, given_labels
 
-from synth_refine import InputError, refine_labels
+from synth_refine import InputError, refine_anchored, refine_labels
 from synth_refine.labels.artifact import read_artifact, record, write_artifact
 from synth_refine.labels.export import export
 from synth_refine.labels.files import read_labels
@@ -35,11 +36,17 @@ def after_review(folder: Path) -> Any:
     return reviewed(record(GIVEN, REFINED, num_classes=CLASSES), folder / "decisions.csv")
 
 
+@cache
+def anchored() -> Any:
+    return refine_anchored(EYE[REFINED], GIVEN, EYE, np.arange(CLASSES), rounds=1)
+
+
 RESULTS: dict[str, Callable[[Path], Any]] = {
     "an artifact": lambda _: record(GIVEN, REFINED, num_classes=CLASSES),
     "an artifact from disk": from_disk,
     "a reviewed artifact": after_review,
     "the paper's rule": lambda _: refine_labels(EYE[REFINED], 4 * EYE[REFINED], EYE, 0.6),
+    "the anchored refiner": lambda _: anchored(),
 }
 """Everything that has `.apply`; each of them makes REFINED of GIVEN."""
 
