@@ -206,7 +206,7 @@ def test_classes_may_be_missing_from_the_given_labels():
 def test_small_and_odd_problems_have_an_answer(options):
     one = problem(**options)
     result = one.refine()
-    assert ((0 < result.confidence) & (result.confidence <= 1)).all()
+    assert ((result.confidence > 0) & (result.confidence <= 1)).all()
     assert one.wrong(result) <= one.noise + (len(one.given) == 1)
 
 
