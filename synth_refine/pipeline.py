@@ -114,7 +114,7 @@ def run(
     """
     check(settings, "run")
     classes = read_classes(settings.classes) if settings.classes else None
-    images = open_images(settings.images, list(classes) if classes else None)
+    images = open_images(settings.images, list(classes) if classes else None, **settings.columns)
     for note in images.notes:
         say(note)
     encoder = encoder_of(settings)
@@ -356,7 +356,7 @@ def redraw(settings: Settings) -> Summary:
         known = json.loads((out / "summary.json").read_bytes())
         evidence = page.read_evidence(out / "evidence.json")
         artifact = read_artifact(out / "refined")
-        images = open_images(settings.images, artifact.classes)
+        images = open_images(settings.images, artifact.classes, **settings.columns)
         synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
         draw_page(out, artifact, evidence, images, synthetic)
     estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
@@ -391,7 +391,8 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
 def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
     """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
-    images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
+    classes = list(read_classes(settings.classes)) if settings.classes else None
+    images = open_images(settings.images, classes, **settings.columns)
     for note in images.notes:
         say(note)
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))

@@ -36,6 +36,7 @@ IMAGES = "a folder of images per class, a .csv with path and label, or a saved d
 STORED = ".npy, for scale also a folder of shards"
 GIVEN = f"the labels as given: {STORED}, for refine also .csv with id, or CIFAR-N's .pt"
 CLASSES = "class names, or folder names with what prompts call them; refine records them for apply --images"
+COLUMN = "in a dataset or Parquet file, where several could be meant"
 REFINER = "anchored where there are synthetic features, else paper"
 LOGITS = (
     "outputs of a classifier, (N, C) floats; anchored reads them as a second annotator: they must be cross-validated, "
@@ -81,6 +82,8 @@ class Settings:
     """What a command depends on; the entries of a config file have the same names."""
 
     images: str = _setting("", IMAGES, EMBEDS, needed=True, flag="IMAGES")
+    image_column: str | None = _setting(None, f"of the images {COLUMN}", EMBEDS, metavar="COLUMN", flag="--image")
+    label_column: str | None = _setting(None, f"of the labels {COLUMN}", EMBEDS, metavar="COLUMN", flag="--label")
     out: str = _setting("", "of the results", ALL, needed=True, metavar="FOLDER", resumable=True)
     features: str = _setting(
         "", f"features of the images, (N, D) floats: {STORED}", ARRAYS, needed=True, metavar="PATH"
@@ -156,6 +159,11 @@ class Settings:
         """Refuse what the command cannot use or cannot do without, and values that no setting can have."""
         entries = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
         check_entries(command, entries)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that `open_images` takes."""
+        return {"image": self.image_column or "", "label": self.label_column or ""}
 
     def used(self, command: str) -> dict[str, Any]:
         """The entries that the command depends on in the way it goes, as YAML and JSON take them."""

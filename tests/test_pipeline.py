@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -454,3 +455,18 @@ def test_a_dry_run_names_the_engine_and_another_one_may_go_on(
     assert cli.main(on_cluster) == 0  # nothing is missing, so no cluster is asked for
     assert content(source / "result" / "features") == features
     assert cli.main(["report", "result"]) == 0
+
+
+def test_one_of_two_label_columns_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    pq.write_table(pa.table({"img": [picture.getvalue()], "label": ["cat"], "labels": ["pet"]}), "a.parquet")
+    command = ["embed", "a.parquet", "--encoder", str(GLYPH_CLIP), "--workers", "0"]
+    assert cli.main([*command, "--out", "no"]) == 3
+    assert "label: expected one column of labels in a.parquet, got label, labels; name one" in capsys.readouterr().err
+    assert cli.main([*command, "--label", "labels", "--out", "out"]) == 0
+    assert Path("out/classes.yaml").read_text() == "- pet\n"

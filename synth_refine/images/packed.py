@@ -228,7 +228,9 @@ def _column(
         shown = ", ".join(present)
         raise InputError(f"{what}: expected the column {wanted or ' or '.join(usual)} in {place}, got {shown}")
     if len(found) > 1:
-        raise InputError(f"{what}: expected one column of {what}s in {place}, got {', '.join(found)}; name one")
+        raise InputError(
+            f"{what}: expected one column of {what}s in {place}, got {', '.join(found)}; name one with --{what}"
+        )
     return found[0]
 
 
