@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -114,9 +113,7 @@ def run(
     """
     check(settings, "run")
     classes = read_classes(settings.classes) if settings.classes else None
-    images = open_images(settings.images, list(classes) if classes else None, **settings.columns)
-    for note in images.notes:
-        say(note)
+    images = open_images(settings.images, list(classes) if classes else None, **settings.columns).told(say)
     encoder = encoder_of(settings)
     drawer = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
@@ -163,7 +160,7 @@ def check(settings: Settings, command: str) -> None:
     if settings.images and place.resolve().is_relative_to(Path(settings.images).resolve()):
         raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     device = device_of(settings)
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
+    if device not in ("cpu", "cuda", *map("cuda:{}".format, range(64))):
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}")
     if settings.engine == "local" and device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")
@@ -392,9 +389,7 @@ def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) 
     """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
     classes = list(read_classes(settings.classes)) if settings.classes else None
-    images = open_images(settings.images, classes, **settings.columns)
-    for note in images.notes:
-        say(note)
+    images = open_images(settings.images, classes, **settings.columns).told(say)
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 

@@ -82,14 +82,14 @@ class Settings:
     """What a command depends on; the entries of a config file have the same names."""
 
     images: str = _setting("", IMAGES, EMBEDS, needed=True, flag="IMAGES")
-    image_column: str | None = _setting(None, f"of the images {COLUMN}", EMBEDS, metavar="COLUMN", flag="--image")
-    label_column: str | None = _setting(None, f"of the labels {COLUMN}", EMBEDS, metavar="COLUMN", flag="--label")
     out: str = _setting("", "of the results", ALL, needed=True, metavar="FOLDER", resumable=True)
     features: str = _setting(
         "", f"features of the images, (N, D) floats: {STORED}", ARRAYS, needed=True, metavar="PATH"
     )
     given: str = _setting("", GIVEN, ARRAYS, needed=True, metavar="PATH")
     key: str | None = _setting(None, "the entry of the given labels, for a .pt file", {"commands": ("refine",)})
+    image_column: str | None = _setting(None, f"of the images {COLUMN}", EMBEDS, metavar="COLUMN", flag="--image")
+    label_column: str | None = _setting(None, f"of the labels {COLUMN}", EMBEDS, metavar="COLUMN", flag="--label")
     classes: str | None = _setting(None, CLASSES, CLASSED, needed=("generate",), metavar="YAML")
     refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=("anchored", "paper"))
     synthetic: str | None = _setting(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +54,12 @@ class Images:
                 one.encode()
             except UnicodeEncodeError as error:
                 raise InputError(f"images: expected names in UTF-8, got {os.fsencode(one)!r}; rename it") from error
+
+    def told(self, say: Callable[[str], object]) -> Images:
+        """The same, after every note was said."""
+        for note in self.notes:
+            say(note)
+        return self
 
     def image(self, row: int) -> Image.Image:
         """The decoded image of a row.
