@@ -95,9 +95,8 @@ def test_any_table_comes_back(rows: list[tuple[str, str]], quoting: int, ending:
 
 def test_a_label_file_of_class_names_is_applied_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_artifact(
-        "refined", record(np.array([1, 0]), np.array([0, 0]), ids=["a", "b"], settings={"classes": CLASSES[::-1]})
-    )
+    known = {"classes": CLASSES[::-1]}
+    write_artifact("refined", record(np.array([1, 0]), np.array([0, 0]), ids=["a", "b"], settings=known))
     Path("given.csv").write_text("id,label\na,cat\nb,dog\n")  # numbered the other way round in the artifact
     assert main(["apply", "refined", "--given", "given.csv", "--out", "new.csv"]) == 0
     assert Path("new.csv").read_text() == "id,label\na,dog\nb,dog\n"
@@ -107,7 +106,7 @@ def test_a_label_file_of_class_names_is_applied_by_name(tmp_path: Path, monkeypa
     assert main(["apply", "refined", "--given", "other.csv", "--out", "x.csv"]) == 3
     export(read_artifact("refined"), "csv", "export.csv")
     found = read_label_file("export.csv")
-    assert (found.labels.tolist(), found.ids, found.classes) == ([0, 0], ["a", "b"], None)  # no image is a cat
+    assert (found.labels.tolist(), found.ids, found.classes) == ([0, 0], ["a", "b"], ["dog"])
     export(record(np.array([1, 0]), np.array([1, 0]), settings={"classes": CLASSES}), "csv", "both.csv")
     assert read_label_file("both.csv").classes == CLASSES
 

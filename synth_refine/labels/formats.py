@@ -112,10 +112,8 @@ def _kv(rows: Rows) -> bytes:
 
 def _jsonl(rows: Rows) -> bytes:
     columns = _columns(rows)
-    return _text(
-        json.dumps(dict(zip(columns, one, strict=True)), ensure_ascii=True)
-        for one in zip(*columns.values(), strict=True)
-    )
+    lines = zip(*columns.values(), strict=True)
+    return _text(json.dumps(dict(zip(columns, one, strict=True)), ensure_ascii=True) for one in lines)
 
 
 def _text(lines: Any) -> bytes:
