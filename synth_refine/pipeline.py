@@ -113,10 +113,7 @@ def run(
         InputError: A setting, an image source or the encoder cannot be used, or the folder holds a run of others.
     """
     check(settings, "run")
-    classes = read_classes(settings.classes) if settings.classes else None
-    images = open_images(settings.images, list(classes) if classes else None)
-    for note in images.notes:
-        say(note)
+    classes, images = opened(settings, say)
     encoder = encoder_of(settings)
     drawer = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
@@ -132,7 +129,12 @@ def run(
     with open_store(out, about, resumable=RESUMABLE) as store:
         keep(store, "config.yaml", yaml.safe_dump(used, sort_keys=False, allow_unicode=True).encode())
         if drawer is not None:
-            generate_images(out / "synthetic", classes or images.classes, drawer, **set_of(settings))
+            generate_images(
+                out / "synthetic",
+                classes or images.classes,
+                drawer,
+                **chosen(settings, "per_class", "templates", "seed"),
+            )
             synthetic = open_synthetic(str(out / "synthetic"), images.classes)
         assert synthetic is not None  # given, or generated just now
         real = embedded(store, "images", images, encoder, settings)
@@ -182,9 +184,22 @@ def encoder_of(settings: Settings) -> Encoder:
 
 def generator_of(settings: Settings) -> Generator:
     """What generates the synthetic images."""
-    names = ("steps", "guidance", "size", "revision", "batch_size")
-    options = {name: getattr(settings, name) for name in names}
+    options = chosen(settings, "steps", "guidance", "size", "revision", "batch_size")
     return generator_by_name(settings.model, device=device_of(settings), **options)
+
+
+def chosen(settings: Settings, *names: str) -> dict[str, Any]:
+    """Some settings by name."""
+    return {name: getattr(settings, name) for name in names}
+
+
+def opened(settings: Settings, say: Callable[[str], object]) -> tuple[Mapping[str, str] | None, Images]:
+    """The class names with what prompts call them, where a file has them, and the images."""
+    classes = read_classes(settings.classes) if settings.classes else None
+    images = open_images(settings.images, list(classes) if classes else None)
+    for note in images.notes:
+        say(note)
+    return classes, images
 
 
 def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
@@ -198,11 +213,6 @@ def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
     return synthetic
 
 
-def set_of(settings: Settings) -> dict[str, Any]:
-    """What makes up a set of synthetic images."""
-    return {name: getattr(settings, name) for name in ("per_class", "templates", "seed")}
-
-
 def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings: Settings) -> Embedded:
     """Hash and embed images; the hashes and the features are kept in the store, the hashes as NAME.csv."""
     hashes = content_hashes(images, engine=settings.engine, address=settings.address)
@@ -214,13 +224,8 @@ def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings
 
 def work_of(settings: Settings) -> dict[str, Any]:
     """Where and by what images are embedded."""
-    return {
-        "workers": settings.workers,
-        "engine": settings.engine,
-        "address": settings.address,
-        "make": partial(encoder_by_name, settings.encoder, settings.weights),
-        "device": device_of(settings),
-    }
+    make = partial(encoder_by_name, settings.encoder, settings.weights)
+    return {**chosen(settings, "workers", "engine", "address"), "make": make, "device": device_of(settings)}
 
 
 def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> None:
@@ -278,7 +283,7 @@ def refine_arrays(
         given: Given labels, (N,).
         settings: `OPTIONS` are taken from it.
         say: Called with every doubt.
-        inputs: The other arrays that `front.refine` takes; a second view comes as `logits` too.
+        inputs: Other arrays for `front.refine`; a second view comes as `logits` too.
     """
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
@@ -391,9 +396,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
 def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
     """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
-    images = open_images(settings.images, list(read_classes(settings.classes)) if settings.classes else None)
-    for note in images.notes:
-        say(note)
+    _, images = opened(settings, say)
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 
@@ -401,4 +404,6 @@ def generate(settings: Settings) -> Path:
     """Generate the synthetic images of classes into the folder `out`; the manifest."""
     check(settings, "generate")
     classes = read_classes(settings.classes or "")
-    return generate_images(settings.out, classes, generator_of(settings), **set_of(settings))
+    return generate_images(
+        settings.out, classes, generator_of(settings), **chosen(settings, "per_class", "templates", "seed")
+    )
