@@ -123,15 +123,15 @@ def _digit_posterior() -> NDArray[np.float32]:
     images, truth, train, validation, _ = _digit_images()
     rows = torch.from_numpy(np.concatenate([train, validation]))
     pixels = nn.functional.avg_pool2d(images[rows, :1].float() / 255, 4).flatten(1)  # (1437, 64)
-    return _posterior(pixels, truth[rows], 10, hidden=64)
+    return _posterior(pixels, truth[rows], 10, hidden=64, epochs=25)
 
 
-def _posterior(inputs: Tensor, truth: Labels, num_classes: int, hidden: int) -> NDArray[np.float32]:
+def _posterior(inputs: Tensor, truth: Labels, num_classes: int, hidden: int, epochs: int) -> NDArray[np.float32]:
     """How sure a small network trained on the true labels is of each row, (N, C)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(inputs.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
-    return noise.train_posterior(model, inputs, torch.from_numpy(truth), noise.PosteriorConfig(lr=0.01))
+    return noise.train_posterior(model, inputs, torch.from_numpy(truth), noise.PosteriorConfig(epochs, lr=0.01))
 
 
 def _pmd(posterior: NDArray[np.float32], truth: Labels, kind: int, rate: str, seed: int) -> Labels:
@@ -216,7 +216,9 @@ def _feature_pmd(inputs: Tensor, truth: Labels, kind: int, rate: str) -> Labels:
     if inputs.ndim != 2:
         raise InputError("noise: expected features for PMD noise by name, got pixels; give a label file instead")
     features = (inputs - inputs.mean(dim=0)) / inputs.std(dim=0).clamp_min(1e-6)
-    return _pmd(_posterior(features, truth, int(truth.max()) + 1, hidden=256), truth, kind, rate, seed=123)
+    # Eight epochs: after more the network knows all labels by heart, and no image is hard any more.
+    posterior = _posterior(features, truth, int(truth.max()) + 1, hidden=256, epochs=8)
+    return _pmd(posterior, truth, kind, rate, seed=123)
 
 
 def holds_features(path: Path) -> bool:

@@ -5,8 +5,8 @@
 A real cluster of a head and two nodes, each with processes of its own, on this machine. For each kill it starts
 `refine_shards` in a process, waits until a random number of shards is written and a random moment more, and kills -9 a
 node's raylet (a node is then added anew), a worker that has a shard in hand, or the process itself (it is then started
-again), at random. At its end every file is compared with those of the plain loop: Parquet, labels and lines of the
-manifest, and that there is none besides.
+again), at random. At its end every file is compared with those of the plain loop: the artifact, its
+shards and their manifest, and that there are no others.
 """
 
 from __future__ import annotations
@@ -154,10 +154,8 @@ def kill_node(made: Any, node: Any) -> None:
 
 
 def written(out: Path) -> dict[str, bytes]:
-    """The files of a run; the manifest's lines come in the order in which the shards were finished."""
-    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    found["manifest.jsonl"] = b"\n".join(sorted(found["manifest.jsonl"].splitlines()))
-    return found
+    """The files of a run."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def drive(folder: str, out: str, address: str) -> None:
@@ -165,7 +163,8 @@ def drive(folder: str, out: str, address: str) -> None:
     prototypes = np.load(Path(folder, "prototypes.npy"), allow_pickle=False)
     arrays = (Path(folder, "features.npy"), Path(folder, "given.npy"))
     engine = "ray" if address else "local"
-    refine_shards(*arrays, prototypes, THRESHOLD, out, shard_rows=SHARD_ROWS, engine=engine, address=address)
+    about: dict[str, Any] = {"prototypes": prototypes, "threshold": THRESHOLD, "shard_rows": SHARD_ROWS}
+    refine_shards(*arrays, out, **about, engine=engine, address=address or None)
 
 
 def disturbed_run(
@@ -208,9 +207,11 @@ def kills(count: int, seed: int, scratch: Path) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     folder = scratch / "arrays"
     folder.mkdir(parents=True)
-    np.save(folder / "features.npy", rng.standard_normal((SHARDS * SHARD_ROWS, FEATURES)).astype(np.float16))
-    np.save(folder / "given.npy", rng.integers(0, CLASSES, SHARDS * SHARD_ROWS))
-    np.save(folder / "prototypes.npy", rng.standard_normal((CLASSES, FEATURES)).astype(np.float32))
+    prototypes, given = rng.standard_normal((CLASSES, FEATURES)), rng.integers(0, CLASSES, SHARDS * SHARD_ROWS)
+    features = prototypes[given] + 3 * rng.standard_normal((len(given), FEATURES))
+    np.save(folder / "features.npy", features.astype(np.float16))
+    np.save(folder / "given.npy", given)
+    np.save(folder / "prototypes.npy", prototypes.astype(np.float32))
     drive(str(folder), str(scratch / "calm"), "")
     expected = written(scratch / "calm")
     with cluster() as made:

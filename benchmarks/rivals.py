@@ -43,19 +43,18 @@ def ssr(evidence: Evidence, neighbours: int = 200) -> Tensor:
 
 
 def wann(evidence: Evidence) -> Tensor:
-    """A vote whose size follows from the image, of neighbours that count less the larger a vote that confirms them.
+    """A vote of an adaptive number of neighbours, weighted by the reliability of their labels.
 
     Di Salvo, Doerrich, Rieger, Ledig, "An Embedding is Worth a Thousand Noisy Labels", TMLR 2025,
     https://arxiv.org/abs/2408.14358. The reliability of a label is one over the smallest neighbourhood, of 11 to 51
-    images, whose commonest label it is; one over 51 where there is none. An image takes the neighbourhood of its
-    nearest neighbour.
+    images, whose commonest label it is; one over 51 where there is none. That neighbourhood is also the one that votes.
     """
     indices, _ = nearest(components(evidence), FARTHEST)
     size = torch.full_like(evidence.given, min(FARTHEST, indices.shape[1]))
     for count in range(size[0], NEAREST - 1, -1):
         confirmed = _votes(evidence, indices[:, :count]).argmax(dim=1) == evidence.given
         size[confirmed] = count
-    reach = torch.arange(indices.shape[1], device=size.device) < size[indices[:, 0], None]  # (N, K)
+    reach = torch.arange(indices.shape[1], device=size.device) < size[:, None]  # (N, K)
     return _votes(evidence, indices, reach / size[indices]).argmax(dim=1)
 
 

@@ -256,7 +256,7 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
     available = int(refined.benchmark.task.synthetic.labels.bincount().min())
     chosen = [point for point in STUDIES[study] if point.images <= available]
     settings = {
-        "config": {key: value for key, value in config.items() if key not in ("noise", "seeds", "refiners")},
+        "config": {key: value for key, value in config.items() if key not in ("noise", "seeds", "refiners", "jobs")},
         "files": {**refined.given.files, **weights_used(config)},
         "points": [[point.series, point.value] for point in chosen],
     }
@@ -325,7 +325,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="threshold", help=f"comma-separated: {', '.join(STUDIES)}")
     add_common(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby, repeat
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
@@ -127,7 +128,14 @@ def execute(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.
 
 def _start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+    os._exit(1)  # a killed parent would leave it behind, writing records that another call also writes
 
 
 def _execute_group(runs: Sequence[Run], config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Record]:
@@ -200,7 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_common(parser)
     add("--json", action="store_true", help="print the records instead of the table")
     add("--dry-run", action="store_true", help="list the runs and do nothing")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,15 +28,13 @@ import torch
 
 from synth_refine._io.check import float_tensor
 from synth_refine.refine.paper import chunk_rows
-from synth_refine.scale.anchored import anchored_shards
-from synth_refine.scale.shards import make_rule, refine_shards
+from synth_refine.scale.shards import refine_shards
 from synth_refine.scale.tables import SHARD_ROWS, cut_shards, read_chunks
 
 ROWS = (10_000, 100_000, 1_000_000, 10_000_000)  # at 256 features and 1,000 classes
 CLASSES = (10, 100, 1_000, 10_000)  # at 1,000,000 images of 64 features
 RIVAL_SIZE = (200_000, 256, 1_000)  # cleanlab's: images, features, classes
 ANCHORED_SIZES = [(100_000, 64, 100), (1_000_000, 64, 100)]
-ANCHORED_ROUNDS = 2  # each takes as long as the next one
 RIVALS = {
     "refine_shards": "ours",
     "cleanlab find_label_issues": "cleanlab_whole",
@@ -48,12 +46,14 @@ THRESHOLD = 0.5
 
 
 def make_arrays(folder: Path, rows: int, width: int, num_classes: int, *, logits: bool = False) -> None:
-    """Random float16 features, given labels and prototypes; blocks repeat, since time does not depend on values."""
+    """Float16 features, given labels and prototypes of a class each; blocks repeat, time does not depend on values."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    np.save(folder / "prototypes.npy", rng.standard_normal((num_classes, width), dtype=np.float32))
-    np.save(folder / "given.npy", rng.integers(0, num_classes, rows))
-    block = rng.standard_normal((min(rows, BLOCK), width), dtype=np.float32)
+    prototypes = rng.standard_normal((num_classes, width), dtype=np.float32)
+    np.save(folder / "prototypes.npy", prototypes)
+    given = rng.integers(0, num_classes, min(rows, BLOCK))
+    np.save(folder / "given.npy", np.resize(given, rows))
+    block = prototypes[given] + 3 * rng.standard_normal((len(given), width), dtype=np.float32)
     _save_repeated(folder / "features.npy", block.astype(np.float16), rows)
     if logits:
         scores = 3 * rng.standard_normal((min(rows, BLOCK // 8), num_classes), dtype=np.float32)
@@ -70,7 +70,7 @@ def _save_repeated(path: Path, block: Any, rows: int) -> None:
 
 
 def make_classes(folder: Path, rows: int, width: int, num_classes: int) -> None:
-    """Float16 features of classes that can be told apart, a third of them labelled wrong, and ten anchors of each."""
+    """Float16 features of classes that can be told apart, a third of them labelled wrong, and ten synthetic of each."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     means = 2 * rng.standard_normal((num_classes, width), dtype=np.float32)
@@ -84,25 +84,24 @@ def make_classes(folder: Path, rows: int, width: int, num_classes: int) -> None:
             part = means[true[start : start + BLOCK]]
             file.write((part + block[: len(part)]).astype(np.float16).tobytes())
     labels = np.repeat(np.arange(num_classes), 10)
-    np.save(folder / "anchor_labels.npy", labels)
-    np.save(folder / "anchors.npy", means[labels] + rng.standard_normal((len(labels), width), dtype=np.float32))
+    np.save(folder / "synthetic_labels.npy", labels)
+    np.save(folder / "synthetic.npy", means[labels] + rng.standard_normal((len(labels), width), dtype=np.float32))
 
 
 def anchored(folder: Path) -> dict[str, float]:
-    """The anchored refiner over shards, stopped after a few rounds."""
-    anchors, labels = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("anchors", "anchor_labels"))
+    """The anchored refiner over shards."""
+    features, labels = (np.load(folder / f"synthetic{end}.npy", allow_pickle=False) for end in ("", "_labels"))
+    about = {"synthetic_features": features, "synthetic_labels": labels}
     start = time.perf_counter()
-    done = anchored_shards(
-        folder / "features.npy", folder / "given.npy", anchors, labels, folder / "out", rounds=ANCHORED_ROUNDS
-    )
-    return {"seconds": time.perf_counter() - start, "rounds": done.rounds, "changed": done.changed}
+    done = refine_shards(folder / "features.npy", folder / "given.npy", folder / "out", **about)
+    return {"seconds": time.perf_counter() - start, "changed": done.changed}
 
 
 def refine(folder: Path) -> dict[str, float]:
     """One run over all shards, and the bare matrix product over the same chunks, half of it before and half after."""
     prototypes = np.load(folder / "prototypes.npy", allow_pickle=False)
     shards = cut_shards(folder / "features.npy", folder / "given.npy", None, SHARD_ROWS)
-    directions = torch.from_numpy(make_rule(prototypes, THRESHOLD, None, None, False).directions)
+    directions = torch.from_numpy(prototypes.T.copy())
     step = chunk_rows(len(prototypes), prototypes.shape[1])
 
     def product(part: slice) -> float:
@@ -114,10 +113,15 @@ def refine(folder: Path) -> dict[str, float]:
 
     bare = product(slice(0, None, 2))
     start = time.perf_counter()
-    refine_shards(folder / "features.npy", folder / "given.npy", prototypes, THRESHOLD, folder / "out")
+    _paper(folder, "out", prototypes)
     taken = time.perf_counter() - start
     bare += product(slice(1, None, 2))
     return {"seconds": taken, "bare_seconds": bare, "shards": len(shards)}
+
+
+def _paper(folder: Path, out: str, prototypes: Any, **more: Any) -> None:
+    paths = (folder / "features.npy", folder / "given.npy", folder / out)
+    refine_shards(*paths, prototypes=prototypes, threshold=THRESHOLD, **more)
 
 
 def resume(folder: Path) -> dict[str, float]:
@@ -126,7 +130,7 @@ def resume(folder: Path) -> dict[str, float]:
 
     def again() -> float:
         start = time.perf_counter()
-        refine_shards(folder / "features.npy", folder / "given.npy", prototypes, THRESHOLD, folder / "out")
+        _paper(folder, "out", prototypes)
         return time.perf_counter() - start
 
     nothing_to_do = again()
@@ -142,10 +146,7 @@ def on_ray(folder: Path) -> dict[str, float]:
     times = []
     for number, engine in enumerate(("local", "ray", "ray")):
         start = time.perf_counter()
-        refine_shards(
-            folder / "features.npy", folder / "given.npy", prototypes, THRESHOLD, folder / f"ray-{number}",
-            shard_rows=SHARD_ROWS // 8, engine=engine,
-        )  # fmt: skip
+        _paper(folder, f"ray-{number}", prototypes, shard_rows=SHARD_ROWS // 8, engine=engine)
         times.append(time.perf_counter() - start)
     ray.shutdown()
     return dict(zip(("seconds", "ray_seconds_with_start", "ray_seconds"), times, strict=True))
@@ -154,9 +155,8 @@ def on_ray(folder: Path) -> dict[str, float]:
 def ours(folder: Path) -> dict[str, float]:
     """The paper's rule on the logits and the features."""
     prototypes = np.load(folder / "prototypes.npy", allow_pickle=False)
-    paths = (folder / "features.npy", folder / "given.npy")
     start = time.perf_counter()
-    refine_shards(*paths, prototypes, THRESHOLD, folder / "ours", logits=folder / "logits.npy")
+    _paper(folder, "ours", prototypes, logits=folder / "logits.npy")
     return {"seconds": time.perf_counter() - start}
 
 
@@ -246,7 +246,7 @@ def scale(scratch: Path, largest: int = ROWS[-1], threads: int = 1) -> dict[str,
         with _folder(scratch) as folder:
             make_classes(folder, *about.values())
             figures = measured("anchored", folder, threads)
-        row = {**about, "rounds": int(figures["rounds"]), "changed": round(figures["changed"] / about["images"], 3)}
+        row = {**about, "changed": round(figures["changed"] / about["images"], 3)}
         cost = {"seconds": figures["seconds"], "peak_megabytes": round(figures["peak_megabytes"])}
         tables["scale_anchored"].append({**row, **cost})
     rows, width, classes = min(RIVAL_SIZE[0], largest), *RIVAL_SIZE[1:]

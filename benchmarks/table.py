@@ -83,7 +83,8 @@ def sentence(records: Sequence[Record]) -> str:
             f"Of {before:.1%} wrong labels ({noise}), {' and '.join(left)}; the test accuracy is {accuracy['none']} % "
             f"with the labels as given, {' and '.join(reached)}."
         )
-    return textwrap.fill(" ".join(sentences), 120)
+    seeds = len({record["seed"] for record in records})
+    return textwrap.fill(f"{' '.join(sentences)} (Last epoch; mean ± standard deviation of {seeds} seeds.)", 120)
 
 
 def study_table(records: Sequence[Record]) -> str:

@@ -33,7 +33,8 @@ from synth_refine.labels.artifact import (
     write_artifact,
 )
 from synth_refine.labels.export import export
-from synth_refine.labels.files import label_bytes, read_labels, read_labels_and_ids
+from synth_refine.labels.files import label_bytes, read_label_file, read_labels, read_labels_and_ids
+from synth_refine.labels.refined import numbered_like
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
 from synth_refine.refine.estimates import Estimate
@@ -213,15 +214,16 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
         tree(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
         _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
         return FINE
-    before, ids = read_labels_and_ids(options.labels, key=options.key)
-    labels = turn(artifact, before.astype(_dtype(options.labels)), ids)  # the type that is written
+    found = read_label_file(options.labels, key=options.key)
+    before = numbered_like(found, artifact.classes)
+    labels = turn(artifact, before.astype(_dtype(options.labels)), found.ids)  # the type that is written
     if Path(options.out).exists() and Path(options.out).samefile(options.labels):
         raise InputError(f"out: expected another file than the labels read, got {options.out}")
-    names = (ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
+    names = (found.ids or artifact.ids) if Path(options.out).suffix.lower() == ".csv" else None
     out = Path(options.out)
     if out.is_dir():
         raise InputError(f"out: expected a file to write, got a folder: {out}")
-    data = label_bytes(out, labels, names, dtype=labels.dtype, like=options.labels)
+    data = label_bytes(out, labels, names, classes=artifact.classes, dtype=labels.dtype, like=options.labels)
     if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == data):  # as a command that is repeated finds
         shown = "something else" if out.is_file() else "no file"
         raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds {shown}")

@@ -165,7 +165,7 @@ def check(settings: Settings, command: str) -> None:
     if settings.images and place.resolve().is_relative_to(Path(settings.images).resolve()):
         raise InputError(f"out: expected a folder outside {settings.images}, got {settings.out}")
     device = device_of(settings)
-    if not re.fullmatch("cpu|cuda(:[0-9]+)?", device):
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}")
     if settings.engine == "local" and device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"device: expected cpu where torch finds no GPU, got {settings.device}")

@@ -181,7 +181,7 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
         assert found == expected
         report.revert()
     other = record(given, refined, num_classes=3, ids=ids, settings={"classes": ["dog", "cat", "lorry"]})
-    with pytest.raises(WrongClasses, match="labels: expected the dataset's classes 'cat', 'dog', 'truck', got 'lorry'"):
+    with pytest.raises(WrongClasses, match="labels: expected the classes 'cat', 'dog', 'truck', got 'lorry'"):
         inject(dataset, other)
     # Whoever says that the numbers are the dataset's gets them as they are, here for other labels than it holds.
     with pytest.raises(WrongBase):

@@ -1,11 +1,13 @@
 """The READMEs are true: their tables come from the committed records, their links, commands and recipes exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks import run_ablation, run_combo, table
+from synth_refine import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("synth_refine/*/*.md"))]
@@ -39,6 +41,35 @@ def test_links_pictures_and_named_files_exist(path):
         assert (path.parent / link).exists(), link
     for named in re.findall(r"(?:synth_refine|benchmarks|third_party|adapters|tests)/[\w./-]+\.\w+", text):
         assert (ROOT / named).exists(), named
+
+
+def commands(start):
+    for path in READMES:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE):
+            for line in () if language else block.replace("\\\n", " ").splitlines():
+                if line.startswith(start):
+                    yield shlex.split(line, comments=True)[len(shlex.split(start)) :]
+
+
+@pytest.mark.parametrize("command", list(commands("synth-refine")), ids=" ".join)
+def test_commands_are_understood(command):
+    cli._parser().parse_args(command)
+
+
+@pytest.mark.parametrize("script", [run_combo, run_ablation])
+def test_benchmark_commands_are_understood(script):
+    found = list(commands(f"python benchmarks/{script.__name__.split('.')[1]}.py"))
+    assert found
+    for command in found:
+        script.parse(command)
+
+
+def test_recipes_are_those_that_run():
+    recipe = re.compile(r"\*\*([^*\n]+)\*\*[^\n]*\n```python\n(.*?)```", re.DOTALL)
+    known = dict(recipe.findall((ROOT / "synth_refine" / "labels" / "README.md").read_text()))
+    shown = dict(recipe.findall(README.read_text()))
+    assert len(shown) == 3
+    assert shown.items() <= known.items()  # tests/test_codebase_examples.py runs those
 
 
 def test_the_first_screen_leads_on():

@@ -121,9 +121,9 @@ def slow_wann(known):
 
     sizes = [size(row) for row in range(len(given))]
     labels = []
-    for order in orders:
+    for order, own in zip(orders, sizes, strict=True):
         votes = np.zeros(3)
-        for other in order[: sizes[order[0]]]:
+        for other in order[:own]:
             votes[given[other]] += 1 / sizes[other]
         labels.append(votes.argmax())
     return np.array(labels)

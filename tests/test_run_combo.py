@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import command
 
@@ -225,6 +226,25 @@ def test_killed_in_the_middle_of_a_run_it_ends_the_same(arrays, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not list(tmp_path.glob("cut/blobs/*.json"))
     assert run_combo.main(command(arrays, tmp_path / "cut", *options)) == 0
+    whole, cut = (without_times(read_records([tmp_path / name / "blobs"])) for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.slow
+def test_two_sets_of_labels_at_once_give_the_same_records_and_no_process_outlives_a_kill(arrays, tmp_path):
+    options = ["--method", "standard,plc", "methods.plc.epochs=60", "--refine", "none", "--seeds", "0,1"]
+    assert run_combo.main(command(arrays, tmp_path / "whole", *options)) == 0
+    arguments = command(arrays, tmp_path / "cut", *options, "jobs=2")
+    script = [sys.executable, str(ROOT / "benchmarks" / "run_combo.py"), *arguments]
+    with subprocess.Popen(script, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("cut/blobs/*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 2
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert run_combo.main(arguments) == 0
     whole, cut = (without_times(read_records([tmp_path / name / "blobs"])) for name in ("whole", "cut"))
     assert whole == cut
 

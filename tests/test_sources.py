@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pictures import RED, close, data, noise, save, shard
 from PIL import Image
 from PIL import features as pillow
 
 from synth_refine import InputError
+from synth_refine._io.csv import csv_bytes
 from synth_refine.images.decode import FORMATS
 from synth_refine.images.sources import open_images
 from synth_refine.scale.tables import cut_shards
@@ -178,3 +182,27 @@ def test_shards_of_features_are_in_natural_order_too(tmp_path: Path) -> None:
             np.save(tmp_path / name / f"img_emb_{number}.npy", values)
     shards = cut_shards(tmp_path / "f", tmp_path / "g", None, 10)
     assert [Path(one.features.path).stem for one in shards] == [f"img_emb_{number}" for number in range(12)]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(TEXT, TEXT, min_size=1, max_size=8), st.randoms())
+def test_rows_in_any_order_give_the_same_labels_by_name_or_one_line(
+    tmp_path: Path, rows: dict[str, str], random: Random
+) -> None:
+    """Whatever a table calls its images and classes, each image keeps the class that it has there."""
+    found = []
+    for _ in range(2):
+        order = random.sample(sorted(rows), len(rows))
+        (tmp_path / "t.csv").write_bytes(csv_bytes({"path": order, "label": [rows[one] for one in order]}))
+        try:
+            images = open_images(tmp_path / "t.csv")
+        except InputError as error:
+            found.append(str(error).splitlines()[1:])
+            continue
+        assert images.ids == order
+        found.append({one: images.classes[label] for one, label in zip(images.ids, images.labels, strict=True)})
+    assert found[0] == found[1]
+    assert found[0] in (rows, [])

@@ -18,8 +18,9 @@ from synth_refine._io.csv import csv_bytes
 from synth_refine.cli import main
 from synth_refine.images.hashes import content_hashes
 from synth_refine.images.sources import open_images
-from synth_refine.labels.artifact import Artifact, WrongBase, record, write_artifact
+from synth_refine.labels.artifact import Artifact, WrongBase, read_artifact, record, write_artifact
 from synth_refine.labels.cells import with_column
+from synth_refine.labels.export import export
 from synth_refine.labels.files import read_label_file, read_labels
 from synth_refine.labels.trees import apply_tree, new_places, revert_tree
 
@@ -90,6 +91,25 @@ def test_any_table_comes_back(rows: list[tuple[str, str]], quoting: int, ending:
     found = list(csv.reader(io.StringIO(changed.decode(), newline="")))
     assert found == [["note", "label"], *([note, label] for (note, _), label in zip(rows, new, strict=True))]
     assert with_column(changed, "label", labels) == table
+
+
+def test_a_label_file_of_class_names_is_applied_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_artifact(
+        "refined", record(np.array([1, 0]), np.array([0, 0]), ids=["a", "b"], settings={"classes": CLASSES[::-1]})
+    )
+    Path("given.csv").write_text("id,label\na,cat\nb,dog\n")  # numbered the other way round in the artifact
+    assert main(["apply", "refined", "--given", "given.csv", "--out", "new.csv"]) == 0
+    assert Path("new.csv").read_text() == "id,label\na,dog\nb,dog\n"
+    assert main(["revert", "refined", "--labels", "new.csv", "--out", "back.csv"]) == 0
+    assert Path("back.csv").read_bytes() == Path("given.csv").read_bytes()
+    Path("other.csv").write_text("id,label\na,cat\nb,frog\n")
+    assert main(["apply", "refined", "--given", "other.csv", "--out", "x.csv"]) == 3
+    export(read_artifact("refined"), "csv", "export.csv")
+    found = read_label_file("export.csv")
+    assert (found.labels.tolist(), found.ids, found.classes) == ([0, 0], ["a", "b"], None)  # no image is a cat
+    export(record(np.array([1, 0]), np.array([1, 0]), settings={"classes": CLASSES}), "csv", "both.csv")
+    assert read_label_file("both.csv").classes == CLASSES
 
 
 # Folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -76,12 +77,10 @@ def no_foreign_code() -> Iterator[None]:
     The keys that choose such code are refused by `check_model_folder`; this holds where a library finds another way.
     """
     with ExitStack() as undo:
-        for library, module in (
-            ("transformers", "transformers.dynamic_module_utils"),
-            ("diffusers", "diffusers.utils.dynamic_modules_utils"),
-        ):
-            if find_spec(library) is None:
-                continue
+        modules = ["transformers.dynamic_module_utils"] if find_spec("transformers") else []
+        if "diffusers" in sys.modules:  # who loads a pipeline has imported it
+            modules.append("diffusers.utils.dynamic_modules_utils")
+        for module in modules:
             place: Any = import_module(module)
             for name in ("get_class_in_module", "get_cached_module_file"):
                 undo.callback(setattr, place, name, getattr(place, name))

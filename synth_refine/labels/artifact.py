@@ -17,37 +17,32 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from synth_refine import __version__
 from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder, temporary_name
 from synth_refine._io.check import Array, InputError, LabelsT, check_array, labels_like
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase as WrongBase
 from synth_refine._io.error import WrongIds as WrongIds
 from synth_refine._io.store import write_file
-from synth_refine._io.untrusted import open_plain, read_npy
+from synth_refine._io.untrusted import read_npy
 from synth_refine.labels.files import as_labels, labels_hash
+from synth_refine.labels.run import NAMES, read_run
+from synth_refine.labels.run import Damaged as Damaged
+from synth_refine.labels.run import run_of as run_of
+from synth_refine.labels.run import versions as versions
 
-FORMAT = 1
-NAMES = ("labels.npy", "changes.csv", "ids.csv")
 BESIDE = {"shards", "work", "manifest.jsonl", "settings.json", "config.json"}
 """What a refinement over shards keeps in the folder of its artifact."""
-
-
-class Damaged(InputError):
-    """An artifact whose files do not have the hashes that its run.json holds."""
 
 
 @dataclass(frozen=True)
@@ -239,35 +234,6 @@ def record(
     )
 
 
-def run_of(
-    num_classes: int,
-    given_hash: str,
-    dtype: np.dtype[Any],
-    count: int,
-    labels_hash: str,
-    changed: int,
-    abstained: int,
-    settings: Mapping[str, object],
-    inputs: Mapping[str, str],
-) -> dict[str, Any]:
-    """What run.json says besides the hashes of files."""
-    return {
-        "format": FORMAT,
-        "num_classes": num_classes,
-        "given": {"sha256": given_hash, "dtype": dtype.str, "count": count},
-        "labels": {"sha256": labels_hash, "changed": changed, "abstained": abstained},
-        "inputs": dict(inputs),
-        "settings": dict(settings),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python, of this package and of the libraries that numbers depend on."""
-    others = {name: metadata.version(name) for name in ("numpy", "torch")}
-    return {"python": platform.python_version(), "synth-refine": __version__, **others}
-
-
 def write_artifact(folder: str | os.PathLike[str], artifact: Artifact, *, lock: bool = True) -> None:
     """Write an artifact whole or not at all; after a kill at any moment, run it again.
 
@@ -335,7 +301,7 @@ def check_free(folder: str | os.PathLike[str], run: Mapping[str, Any] | None = N
         return
     if run is None:
         return
-    there = _read_run(root)
+    there = read_run(root)
     for name in sorted((run.keys() | there.keys()) - {"versions", "files"}):
         if json.dumps(there.get(name), sort_keys=True) != json.dumps(run.get(name), sort_keys=True):
             raise InputError(
@@ -352,7 +318,7 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
         InputError: The folder holds no artifact.
     """
     root = Path(folder)
-    run = _read_run(root)
+    run = read_run(root)
     paths = {name: _find(root, name, run["files"][name]) for name in NAMES if name in run["files"]}
     labels = np.array(read_npy("labels", paths["labels.npy"], "i"), dtype=np.int64)
     ids = read_csv("ids", paths["ids.csv"])["id"] if "ids.csv" in paths else None
@@ -380,26 +346,6 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
     return Artifact(given=given, labels=labels, ids=ids, **columns, run=run)
 
 
-def _read_run(root: Path) -> dict[str, Any]:
-    if not (root / "run.json").exists() and (root / "refined" / "run.json").exists():
-        raise InputError(f"artifact: {root} is the result of a run; its artifact is {root / 'refined'}")
-    with open_plain("artifact", root / "run.json") as file:
-        data = file.read()
-    try:
-        run = json.loads(data)
-        if not isinstance(run, dict) or run["format"] != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}")
-        if not {"labels.npy", "changes.csv"} <= set(run["files"]) <= set(NAMES):
-            raise ValueError(f"it names the files {', '.join(run['files'])}")
-        if not {"given", "labels", "inputs", "num_classes"} <= set(run):
-            raise ValueError("an entry is missing")
-        if not all(isinstance(value, str) and len(value) == 64 and value.isalnum() for value in run["files"].values()):
-            raise ValueError("a file has no hash")
-        return run
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{root / 'run.json'} is damaged: {error}") from error
-
-
 def _staged(root: Path, name: str, digest: str) -> Path:
     return root / f".{digest}.{name}"
 
@@ -414,7 +360,7 @@ def _find(root: Path, name: str, digest: str) -> Path:
 
 def _settle(root: Path) -> None:
     """Finish what an interrupted write had decided, and remove what it had not; only names of our own are touched."""
-    files = _read_run(root)["files"] if (root / "run.json").exists() else {}
+    files = read_run(root)["files"] if (root / "run.json").exists() else {}
     for name, digest in files.items():
         if _staged(root, name, digest).exists():
             os.replace(_staged(root, name, digest), root / name)

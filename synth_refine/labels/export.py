@@ -140,7 +140,7 @@ def export(
             )
     if clean is not None:
         check_array("clean_label", clean, values.shape)
-    data = rules.write(Rows(values, texts, target, artifact, clean, key))
+    data = rules.write(Rows(values, texts, target, artifact, clean, key, wanted.classes))
     note = rules.note.format(name=target.name, stem=target.stem, path=target, key=key)
     backup = None
     if os.path.lexists(target) and not (target.is_file() and target.read_bytes() == data):

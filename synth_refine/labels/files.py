@@ -43,11 +43,13 @@ class LabelFile:
         labels: The labels, (N,) int64, each in [0, 2**31).
         ids: The id of every row, (N,) texts; None where the file has none.
         classes: The class names, (C,), in the order of the labels' numbers; None where the file has none.
+        named: Whether its column `label` holds these names.
     """
 
     labels: NDArray[np.int64]
     ids: list[str] | None = None
     classes: list[str] | None = None
+    named: bool = False
 
 
 def read_labels(path: str | os.PathLike[str], *, key: str | None = None) -> NDArray[np.int64]:
@@ -113,7 +115,7 @@ def _from_csv(path: str | os.PathLike[str], names: bool) -> LabelFile:
     if names and not all(map(_is_index, rows["label"])):
         classes = sorted(set(rows["label"]), key=natural_key)
         number_of = {name: number for number, name in enumerate(classes)}
-        return LabelFile(np.array([number_of[cell] for cell in rows["label"]], dtype=np.int64), ids, classes)
+        return LabelFile(np.array([number_of[cell] for cell in rows["label"]], dtype=np.int64), ids, classes, True)
     labels = _parse_labels(path, rows["label"])
     if not rows.get("class"):
         return LabelFile(labels, ids)
@@ -225,12 +227,12 @@ def label_bytes(
     if suffix != ".csv":
         raise InputError(f"path: expected a .npy or .csv file, got {path}")
     if like is not None and Path(like).suffix.lower() == ".csv":
-        known = read_label_file(like).classes
-        data = with_column(Path(like).read_bytes(), "label", [str(label) for label in values.tolist()])
-        if known is None:
-            return data
-        as_labels("labels", values, len(known))
-        return with_column(data, "class", [known[label] for label in values.tolist()])
+        found = read_label_file(like)
+        known = classes or found.classes
+        texts = None if known is None else [known[label] for label in as_labels("labels", values, len(known)).tolist()]
+        numbers = [str(label) for label in values.tolist()]
+        data = with_column(Path(like).read_bytes(), "label", texts if found.named and texts else numbers)
+        return data if found.named or found.classes is None or texts is None else with_column(data, "class", texts)
     names = [str(one) for one in (range(len(values)) if ids is None else ids)]
     if len(names) != len(values):
         raise InputError(f"ids: expected {len(values)}, one per label, got {len(names)}")

@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Rows:
     artifact: Artifact | None
     clean_label: NDArray[np.int64] | None
     key: str
+    classes: Sequence[str] | None = None
 
     def named(self) -> list[str]:
         return list(map(str, range(len(self.labels)))) if self.ids is None else self.ids
@@ -110,8 +111,11 @@ def _kv(rows: Rows) -> bytes:
 
 
 def _jsonl(rows: Rows) -> bytes:
-    pairs = zip(rows.named(), rows.labels.tolist(), strict=True)
-    return _text(json.dumps({"id": one, "label": label}, ensure_ascii=True) for one, label in pairs)
+    columns = _columns(rows)
+    return _text(
+        json.dumps(dict(zip(columns, one, strict=True)), ensure_ascii=True)
+        for one in zip(*columns.values(), strict=True)
+    )
 
 
 def _text(lines: Any) -> bytes:
@@ -121,8 +125,14 @@ def _text(lines: Any) -> bytes:
         raise WrongIds(f"ids: expected text that UTF-8 can write, got {error.object[error.start]!r}") from error
 
 
+def _columns(rows: Rows) -> dict[str, list[Any]]:
+    """Ids, labels and, where they are known, class names, so that whoever numbers classes otherwise can tell."""
+    columns: dict[str, list[Any]] = {"id": rows.named(), "label": rows.labels.tolist()}
+    return columns if rows.classes is None else {**columns, "class": [rows.classes[one] for one in columns["label"]]}
+
+
 def _csv(rows: Rows) -> bytes:
-    return csv_bytes({"id": rows.named(), "label": rows.labels.tolist()})
+    return csv_bytes(_columns(rows))
 
 
 def _imagefolder(rows: Rows) -> bytes:
@@ -136,7 +146,7 @@ def _parquet(rows: Rows) -> bytes:
     except ImportError as error:
         raise InputError("format: parquet needs pyarrow; pip install 'synth-refine[parquet]'") from error
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"id": rows.named(), "label": rows.labels}), buffer)
+    pyarrow.parquet.write_table(pyarrow.table(_columns(rows)), buffer)
     return buffer.getvalue()
 
 

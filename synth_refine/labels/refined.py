@@ -26,7 +26,7 @@ class WrongOrder(InputError):
 
 
 class WrongClasses(InputError):
-    """Labels and dataset number their classes otherwise."""
+    """Labels and a dataset or an artifact name their classes otherwise."""
 
 
 @runtime_checkable
@@ -105,8 +105,8 @@ class Wanted:
         number = {name: place for place, name in enumerate(classes)}
         if missing := [name for name in own if name not in number]:
             raise WrongClasses(
-                f"labels: expected the dataset's classes {', '.join(map(repr, classes[:5]))}, got {missing[0]!r}; if "
-                "both number them alike, pass classes= with the dataset's names"
+                f"labels: expected the classes {', '.join(map(repr, classes[:5]))}, got {missing[0]!r}; if "
+                "both number them alike, pass classes= with these names"
             )
         numbers = np.array([number[name] for name in own])
         for labels in (self.labels, self.given):
@@ -117,6 +117,17 @@ class Wanted:
     def on(self, current: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The label of every item that has the label of a row, (n,); with row -1 the current one."""
         return np.where(rows >= 0, self.labels[rows] if self.labels.size else current, current)
+
+
+def numbered_like(found: LabelFile, classes: Sequence[str] | None) -> NDArray[np.int64]:
+    """The labels of a file with the numbers that others, such as an artifact, give the classes, by their names, (N,).
+
+    Raises:
+        WrongClasses: The others lack one of the names, or have none where the file has nothing else.
+    """
+    if found.named and classes is None:
+        raise WrongClasses("labels: expected numbers of classes, since the artifact has no class names, got names")
+    return Wanted.of(found).numbered(classes).labels
 
 
 def check_related(name: str, labels: NDArray[np.int64], others: NDArray[np.int64], way_out: str) -> None:

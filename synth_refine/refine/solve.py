@@ -134,7 +134,7 @@ def _decided(
         thresholds = torch.full((em.classes,), 0.0 if threshold is None else float(threshold))
     sample = _sample(em)
     with torch.no_grad():
-        probs, posterior = state.probs(sample), state.posterior(sample)
+        probs, posterior = state.head_probs(sample), state.posterior(sample)
     safe, gain = safe_odds(probs, posterior, sample.given, honest_exponent(held_out, labels), min_odds)
     policy = Policy(
         min_odds, min_odds if force else safe, thresholds, Reason.WEAK_ENCODER if weak and not force else None
