@@ -55,6 +55,7 @@ from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
 NOTES = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")  # on the page
+SET = ("per_class", "templates", "seed")  # what makes up a set of synthetic images
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
 
 
@@ -115,36 +116,31 @@ def run(
     check(settings, "run")
     classes, images = opened(settings, say)
     encoder = encoder_of(settings)
-    drawer = generator_of(settings) if settings.synthetic is None else None
+    generator = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
     used = resolved(settings.used("run"))
     about = {**used, "class_names": list(images.classes), "encoder_id": encoder.id}
     about |= {name: file_hash(used[name]) for name in ("logits", "text_prototypes") if used.get(name)}
     if dry_run:
         check_settings(Path(settings.out), about, RESUMABLE, "out")
-        if drawer is not None:
-            drawer.load()  # is the model there?
+        if generator is not None:
+            generator.load()  # is the model there?
         return {**used, "class_names": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out).absolute()  # results are the same from any working directory
     with open_store(out, about, resumable=RESUMABLE) as store:
         keep(store, "config.yaml", yaml.safe_dump(used, sort_keys=False, allow_unicode=True).encode())
-        if drawer is not None:
-            generate_images(
-                out / "synthetic",
-                classes or images.classes,
-                drawer,
-                **chosen(settings, "per_class", "templates", "seed"),
-            )
+        if generator is not None:
+            generate_images(out / "synthetic", classes or images.classes, generator, **chosen(settings, *SET))
             synthetic = open_synthetic(str(out / "synthetic"), images.classes)
         assert synthetic is not None  # given, or generated just now
         real = embedded(store, "images", images, encoder, settings)
-        drawn = embedded(store, "synthetic", synthetic, encoder, settings)
-        keep(store, "bad.csv", bad_table(images=real, synthetic=drawn))
+        reference = embedded(store, "synthetic", synthetic, encoder, settings)
+        keep(store, "bad.csv", bad_table(images=real, synthetic=reference))
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
-        result, artifact = refined(real, drawn, settings, {**hashes, "encoder": encoder.id}, say)
+        result, artifact = refined(real, reference, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
-        summary = summarized(out, artifact, result, real, drawn)
-        evidence = evidence_of(artifact, result, real, drawn, summary)
+        summary = summarized(out, artifact, result, real, reference)
+        evidence = evidence_of(artifact, result, real, reference, summary)
         page.write_evidence(out / "evidence.json", evidence)
         store.note("evidence.json", file_hash(out / "evidence.json"))
         draw_page(out, artifact, evidence, images, synthetic)
@@ -278,12 +274,7 @@ def refine_arrays(
 ) -> Refinement:
     """The one way from arrays to a refinement, for `run` and `refine`: doubts first, then the work.
 
-    Args:
-        features: Features of the real images, (N, D), NaN where one could not be decoded.
-        given: Given labels, (N,).
-        settings: `OPTIONS` are taken from it.
-        say: Called with every doubt.
-        inputs: Other arrays for `front.refine`; a second view comes as `logits` too.
+    `inputs` are the arrays that `front.refine` takes besides; a second view comes as `logits` too.
     """
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
@@ -404,6 +395,4 @@ def generate(settings: Settings) -> Path:
     """Generate the synthetic images of classes into the folder `out`; the manifest."""
     check(settings, "generate")
     classes = read_classes(settings.classes or "")
-    return generate_images(
-        settings.out, classes, generator_of(settings), **chosen(settings, "per_class", "templates", "seed")
-    )
+    return generate_images(settings.out, classes, generator_of(settings), **chosen(settings, *SET))
