@@ -38,8 +38,8 @@ def compare(decide):
     for arrays in cases():
         for weight in (0.5, 1.0):
             found, expected = decide(*arrays, weight), refine_labels(*arrays, 0.4, weight=weight)
-            assert found.labels.tolist() == expected.labels.tolist()
-            assert found.skipped == 4
+            assert found.proposed.tolist() == expected.proposed.tolist()
+            assert found.unscored == 4
             torch.testing.assert_close(found.confidence.cpu(), expected.confidence, equal_nan=True)
             ties = [{(row, one) for row, one in every.ties.tolist() if row not in (1, 2, 3, 4)}
                     for every in (found, expected)]  # fmt: skip

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synth_refine import InputError, Refinement, refine_labels
-from synth_refine.labels.files import as_labels
+from synth_refine import InputError, refine_labels
 from synth_refine.refine import paper as refine
+from synth_refine.refine.result import REASONS, Action, Reason
 
 THRESHOLD = 0.45
 
@@ -51,7 +51,7 @@ def test_equals_the_rule_written_slowly(seed, images, features, classes, weight)
     decision = refine_labels(*values, THRESHOLD, weight=weight)
     labels, confidence, margins = naive(*values, weight=weight)
     clear = np.array(margins) > 1e-9  # rounding may decide between classes that are equally good
-    assert decision.labels[clear].tolist() == np.array(labels, dtype=int)[clear].tolist()
+    assert decision.proposed[clear].tolist() == np.array(labels, dtype=int)[clear].tolist()
     np.testing.assert_allclose(decision.confidence, np.array(confidence), atol=1e-12)
     assert decision.accepted.tolist() == [value >= THRESHOLD for value in decision.confidence]
 
@@ -61,7 +61,7 @@ def test_every_precision_gives_the_decision_of_its_own_numbers(dtype):
     values = [torch.from_numpy(value).to(dtype) for value in arrays(dtype=np.float32)]
     decision = refine_labels(*values, THRESHOLD)
     labels, confidence, _ = naive(*(value.double() for value in values))
-    assert decision.labels.tolist() == labels
+    assert decision.proposed.tolist() == labels
     assert decision.confidence.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(decision.confidence.double(), torch.tensor(confidence).double(), atol=1e-5, rtol=0)
 
@@ -71,7 +71,7 @@ def test_chunks_do_not_show(monkeypatch):
     whole = refine_labels(*values, THRESHOLD)
     monkeypatch.setattr(refine, "CHUNK_ELEMENTS", 1)
     in_chunks = refine_labels(*values, THRESHOLD)
-    for name in ("labels", "confidence", "accepted", "ties"):
+    for name in ("proposed", "confidence", "accepted", "ties"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(in_chunks, name))
 
 
@@ -80,7 +80,7 @@ def test_order_of_images_and_scale_of_features_do_not_matter():
     decision = refine_labels(features, logits, prototypes, THRESHOLD)
     order = np.random.default_rng(1).permutation(len(features))
     shuffled = refine_labels(1e-6 * features[order], logits[order], 1e6 * prototypes, THRESHOLD)
-    np.testing.assert_array_equal(shuffled.labels, decision.labels[order])
+    np.testing.assert_array_equal(shuffled.proposed, decision.proposed[order])
     np.testing.assert_array_equal(shuffled.accepted, decision.accepted[order])
 
 
@@ -88,7 +88,7 @@ def test_renaming_the_classes_renames_the_labels():
     features, logits, prototypes = arrays()
     order = np.array([3, 0, 4, 1, 2])
     renamed = refine_labels(features, logits[:, order], prototypes[order], THRESHOLD)
-    np.testing.assert_array_equal(order[renamed.labels], refine_labels(features, logits, prototypes, 0.0).labels)
+    np.testing.assert_array_equal(order[renamed.proposed], refine_labels(features, logits, prototypes, 0.0).proposed)
 
 
 def test_a_higher_threshold_never_changes_more_labels_and_the_highest_none():
@@ -118,15 +118,15 @@ def test_one_threshold_per_class():
     features, logits, prototypes = arrays()
     limits = [0.0, 2.0, 0.0, 2.0, 0.5]
     decision = refine_labels(features, logits, prototypes, limits)
-    np.testing.assert_array_equal(decision.accepted, decision.confidence >= np.array(limits)[decision.labels])
-    assert not decision.accepted[decision.labels == 1].any()
+    np.testing.assert_array_equal(decision.accepted, decision.confidence >= np.array(limits)[decision.proposed])
+    assert not decision.accepted[decision.proposed == 1].any()
 
 
 def test_among_equal_scores_the_given_label_wins_then_the_lower_class():
     features, logits = np.ones((4, 2)), np.zeros((4, 3))
     prototypes = np.array([[-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])  # classes 1 and 2 are equally good
     decision = refine_labels(features, logits, prototypes, 0.0)
-    assert decision.labels.tolist() == [1, 1, 1, 1]
+    assert decision.proposed.tolist() == [1, 1, 1, 1]
     assert decision.apply(np.array([0, 1, 2, 2])).tolist() == [1, 1, 2, 2]
 
 
@@ -143,16 +143,16 @@ def test_callers_arrays_are_left_alone_and_may_be_read_only_mapped_or_strided(tm
     decision.apply(given_labels)
     for value, copy in zip((*mapped, given_labels), before, strict=True):
         np.testing.assert_array_equal(value, copy)
-    np.testing.assert_array_equal(decision.labels, expected.labels)
+    np.testing.assert_array_equal(decision.proposed, expected.proposed)
     reversed_rows = refine_labels(values[0][::-1], values[1][::-1], values[2], THRESHOLD)
-    np.testing.assert_array_equal(reversed_rows.labels, expected.labels[::-1])
+    np.testing.assert_array_equal(reversed_rows.proposed, expected.proposed[::-1])
 
 
 def test_kind_in_is_kind_out():
     values = arrays()
     decision = refine_labels(*values, THRESHOLD)
     tensors = refine_labels(*map(torch.from_numpy, values), THRESHOLD)
-    for name in ("labels", "confidence", "accepted", "ties"):
+    for name in ("proposed", "confidence", "accepted", "ties"):
         assert isinstance(getattr(decision, name), np.ndarray)
         assert isinstance(getattr(tensors, name), torch.Tensor)
         np.testing.assert_array_equal(getattr(tensors, name).numpy(), getattr(decision, name))
@@ -160,9 +160,35 @@ def test_kind_in_is_kind_out():
     assert not with_gradient.confidence.requires_grad
 
 
-def test_labels_keep_their_type():
-    decision = refine_labels(*arrays(), THRESHOLD)
-    assert decision.apply(np.zeros(40, dtype=np.uint8)).dtype == np.uint8
+def test_without_a_classifier_the_score_is_the_cosine():
+    features, logits, prototypes = arrays()
+    alone = refine_labels(features, None, prototypes, THRESHOLD)
+    cosine = refine_labels(features, logits, prototypes, THRESHOLD, weight=1.0)
+    for name in ("proposed", "confidence", "accepted", "margin"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(cosine, name))
+    assert alone.diagnostics.weight == 1
+    with pytest.raises(InputError, match=r"prototypes: expected shape \(C, 6\), got \(5, 4\)"):
+        refine_labels(features, None, prototypes[:, :4], THRESHOLD)
+
+
+def test_a_record_says_what_was_done_to_each_image_and_why():
+    features, logits, prototypes = arrays()
+    features[7] = np.nan
+    decision = refine_labels(features, logits, prototypes, THRESHOLD)
+    given = np.arange(40) % 5
+    made = decision.record(given, ids=[f"photo {row}" for row in range(40)], settings={"refiner": "paper"})
+    np.testing.assert_array_equal(made.labels, decision.apply(given))
+    np.testing.assert_array_equal(made.given, given)
+    assert made.ids[3] == "photo 3"
+    actions = decision.actions(given)
+    changed = decision.apply(given) != given
+    np.testing.assert_array_equal(actions == Action.CHANGE, changed)
+    assert np.flatnonzero(actions == Action.ABSTAIN).tolist() == [7]  # a low score is no doubt about the label
+    assert changed.any()
+    assert {made.reason[row] for row in made.changed} == {REASONS[Reason.ACCEPTED]}
+    assert made.reason[7] == REASONS[Reason.UNSCORED]
+    with pytest.raises(InputError, match="ids: expected"):
+        decision.record(given, ids=["one"] * 40)
 
 
 BROKEN_ROWS = {
@@ -182,13 +208,13 @@ def test_an_image_that_cannot_be_scored_keeps_its_label_and_is_counted(case, dty
     expected = refine_labels(*values, -1.0)
     values[which][7, 1] = value
     decision = refine_labels(*values, -1.0)
-    given_labels = np.full(40, 9)
-    assert decision.skipped == 1
-    assert decision.labels[7] == -1
+    given_labels = np.full(40, 4)
+    assert decision.unscored == 1
+    assert decision.proposed[7] == -1
     assert math.isnan(decision.confidence[7])
     assert not decision.accepted[7]
-    assert decision.apply(given_labels)[7] == 9
-    np.testing.assert_array_equal(np.delete(decision.labels, 7), np.delete(expected.labels, 7))
+    assert decision.apply(given_labels)[7] == 4
+    np.testing.assert_array_equal(np.delete(decision.proposed, 7), np.delete(expected.proposed, 7))
     with pytest.raises(InputError, match=r"^features: expected finite features .* got 1 such rows, .* row 7$"):
         refine_labels(*values, -1.0, strict=True)
 
@@ -196,7 +222,7 @@ def test_an_image_that_cannot_be_scored_keeps_its_label_and_is_counted(case, dty
 def test_a_feature_of_length_zero_cannot_be_scored():
     features, logits, prototypes = arrays()
     features[3] = 0
-    assert refine_labels(features, logits, prototypes, 0.0).labels[3] == -1
+    assert refine_labels(features, logits, prototypes, 0.0).proposed[3] == -1
 
 
 def swap(position, value):
@@ -290,27 +316,10 @@ def test_a_bad_weight_is_named(weight):
         refine_labels(*arrays(), 0.5, weight=weight)
 
 
-@pytest.mark.parametrize(
-    ("given_labels", "message"),
-    [
-        (np.zeros(39, np.int64), "given: expected shape (40,), got (39,)"),
-        (np.zeros((40, 1), np.int64), "given: expected shape (N,), got (40, 1)"),
-        (np.zeros(40), "given: expected integer class indices, got float64"),
-        (torch.zeros(40, dtype=torch.int64), "given: expected a NumPy array like the refinement, got a torch tensor"),
-    ],
-)
-def test_bad_given_labels_are_named(given_labels, message):
-    decision = refine_labels(*arrays(), THRESHOLD)
-    with pytest.raises(InputError) as caught:
-        decision.apply(given_labels)
-    assert str(caught.value) == message
-
-
 def test_a_decision_cannot_be_changed():
     decision = refine_labels(*arrays(), THRESHOLD)
-    assert isinstance(decision, Refinement)
     with pytest.raises(AttributeError, match="cannot assign"):
-        decision.labels = None
+        decision.proposed = None
 
 
 @pytest.mark.gpu
@@ -318,8 +327,8 @@ def test_a_decision_cannot_be_changed():
 def test_the_device_of_the_features_is_kept():
     values = [torch.from_numpy(value).float() for value in arrays()]
     on_gpu = refine_labels(*(value.cuda() for value in values), THRESHOLD)
-    assert on_gpu.labels.is_cuda
-    assert on_gpu.labels.tolist() == refine_labels(*values, THRESHOLD).labels.tolist()
+    assert on_gpu.proposed.is_cuda
+    assert on_gpu.proposed.tolist() == refine_labels(*values, THRESHOLD).proposed.tolist()
 
 
 @pytest.mark.gpu
@@ -328,12 +337,5 @@ def test_equal_scores_on_a_gpu_are_decided_as_on_the_cpu():
     prototypes = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])  # classes 1 and 2 are equally good
     values = [value.cuda() for value in (torch.ones(4, 2), torch.zeros(4, 3), prototypes)]
     decision = refine_labels(*values, 0.0)
-    assert decision.labels.tolist() == [1, 1, 1, 1]
+    assert decision.proposed.tolist() == [1, 1, 1, 1]
     assert decision.apply(torch.tensor([0, 1, 2, 2]).cuda()).tolist() == [1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_every_integer_type_is_a_label_type(dtype):
-    decision = refine_labels(*map(torch.from_numpy, arrays()), THRESHOLD)
-    assert decision.apply(torch.zeros(40, dtype=dtype)).dtype == dtype
-    assert as_labels("labels", torch.tensor([0, 100], dtype=dtype)).tolist() == [0, 100]

@@ -267,10 +267,14 @@ def compare_stories(by_prototypes: Tensor, by_given: Tensor, given: Tensor, tran
     classes = len(transition)
     learnt, shown = (_information(one, given, classes) for one in (by_given, by_prototypes))
     share = shown / learnt if learnt > 0 else math.inf
+    own = transition / transition.diagonal().clamp_min(1e-6)  # by how much a column's label exceeds its own
+    likeliest = linear_sum_assignment(-transition.T.clamp_min(1e-6).log().cpu().numpy())[1].tolist()
+    # Two classes that are exchanged may lie on a longer cycle of the likeliest permutation, which noise weakens.
+    exchanged = (torch.minimum(own, own.T).triu(1) >= EXCHANGED).nonzero().tolist()
     cycles, clearest = [], 0.0
-    for cycle in _cycles(linear_sum_assignment(-transition.T.clamp_min(1e-6).log().cpu().numpy())[1].tolist()):
+    for cycle in dict.fromkeys([*map(tuple, exchanged), *_cycles(likeliest)]):
         pairs = list(zip(cycle, (*cycle[1:], cycle[0]), strict=True))
-        weakest = min(float(transition[new, old] / transition[old, old].clamp_min(1e-6)) for old, new in pairs)
+        weakest = min(float(own[new, old]) for old, new in pairs)
         if weakest >= EXCHANGED:
             cycles.append(cycle)
             clearest = max(clearest, weakest)
@@ -280,6 +284,11 @@ def compare_stories(by_prototypes: Tensor, by_given: Tensor, given: Tensor, tran
         message = (
             f"images that look like a synthetic class mostly carry the label of another, all round: {shown_cycles} "
             f"(up to {clearest:.1f} times as often as their own label); do the class numbers mean the same?"
+        )
+    elif max(learnt, shown) <= 0 and len(given) >= ROWS_PER_CLASS * classes**2 and bool((given != given[0]).any()):
+        message = (
+            "neither the features nor the synthetic images tell anything about the given labels; does the encoder see "
+            "what is in the images?"
         )
     elif share < TELLING:
         message = (

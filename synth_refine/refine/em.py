@@ -316,7 +316,7 @@ class EM:
 
     def _votes(self, sums: Sums) -> float:
         """How many independent votes a neighbourhood is worth; see `VOTES_PER_CORRELATION`."""
-        if not sums.scatter:
+        if not sums.scatter or self.rows.neighbours <= 1:  # a single neighbour cannot scatter
             return 0.0
         independent = sums.chance / sums.scatter  # draws that would scatter as much
         correlation = (1 / independent - 1 / self.rows.neighbours) / (1 - 1 / self.rows.neighbours)
