@@ -54,6 +54,7 @@ from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
 NOTES = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")  # on the page
+SET = ("per_class", "templates", "seed")  # what makes up a set of synthetic images
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
 
 
@@ -112,34 +113,33 @@ def run(
         InputError: A setting, an image source or the encoder cannot be used, or the folder holds a run of others.
     """
     check(settings, "run")
-    classes = read_classes(settings.classes) if settings.classes else None
-    images = open_images(settings.images, list(classes) if classes else None, **settings.columns).told(say)
+    classes, images = opened(settings, say)
     encoder = encoder_of(settings)
-    drawer = generator_of(settings) if settings.synthetic is None else None
+    generator = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
     used = resolved(settings.used("run"))
     about = {**used, "class_names": list(images.classes), "encoder_id": encoder.id}
     about |= {name: file_hash(used[name]) for name in ("logits", "text_prototypes") if used.get(name)}
     if dry_run:
         check_settings(Path(settings.out), about, RESUMABLE, "out")
-        if drawer is not None:
-            drawer.load()  # is the model there?
+        if generator is not None:
+            generator.load()  # is the model there?
         return {**used, "class_names": list(images.classes), "count": len(images.ids), "written": False}
     out = Path(settings.out).absolute()  # results are the same from any working directory
     with open_store(out, about, resumable=RESUMABLE) as store:
         keep(store, "config.yaml", yaml.safe_dump(used, sort_keys=False, allow_unicode=True).encode())
-        if drawer is not None:
-            generate_images(out / "synthetic", classes or images.classes, drawer, **set_of(settings))
+        if generator is not None:
+            generate_images(out / "synthetic", classes or images.classes, generator, **chosen(settings, *SET))
             synthetic = open_synthetic(str(out / "synthetic"), images.classes)
         assert synthetic is not None  # given, or generated just now
         real = embedded(store, "images", images, encoder, settings)
-        drawn = embedded(store, "synthetic", synthetic, encoder, settings)
-        keep(store, "bad.csv", bad_table(images=real, synthetic=drawn))
+        reference = embedded(store, "synthetic", synthetic, encoder, settings)
+        keep(store, "bad.csv", bad_table(images=real, synthetic=reference))
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
-        result, artifact = refined(real, drawn, settings, {**hashes, "encoder": encoder.id}, say)
+        result, artifact = refined(real, reference, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
-        summary = summarized(out, artifact, result, real, drawn)
-        evidence = evidence_of(artifact, result, real, drawn, summary)
+        summary = summarized(out, artifact, result, real, reference)
+        evidence = evidence_of(artifact, result, real, reference, summary)
         page.write_evidence(out / "evidence.json", evidence)
         store.note("evidence.json", file_hash(out / "evidence.json"))
         draw_page(out, artifact, evidence, images, synthetic)
@@ -179,9 +179,19 @@ def encoder_of(settings: Settings) -> Encoder:
 
 def generator_of(settings: Settings) -> Generator:
     """What generates the synthetic images."""
-    names = ("steps", "guidance", "size", "revision", "batch_size")
-    options = {name: getattr(settings, name) for name in names}
+    options = chosen(settings, "steps", "guidance", "size", "revision", "batch_size")
     return generator_by_name(settings.model, device=device_of(settings), **options)
+
+
+def chosen(settings: Settings, *names: str) -> dict[str, Any]:
+    """Some settings by name."""
+    return {name: getattr(settings, name) for name in names}
+
+
+def opened(settings: Settings, say: Callable[[str], object]) -> tuple[Mapping[str, str] | None, Images]:
+    """The class names with what prompts call them, where a file has them, and the images."""
+    classes = read_classes(settings.classes) if settings.classes else None
+    return classes, open_images(settings.images, list(classes) if classes else None, **settings.columns).told(say)
 
 
 def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
@@ -195,11 +205,6 @@ def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
     return synthetic
 
 
-def set_of(settings: Settings) -> dict[str, Any]:
-    """What makes up a set of synthetic images."""
-    return {name: getattr(settings, name) for name in ("per_class", "templates", "seed")}
-
-
 def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings: Settings) -> Embedded:
     """Hash and embed images; the hashes and the features are kept in the store, the hashes as NAME.csv."""
     hashes = content_hashes(images, engine=settings.engine, address=settings.address)
@@ -211,13 +216,8 @@ def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings
 
 def work_of(settings: Settings) -> dict[str, Any]:
     """Where and by what images are embedded."""
-    return {
-        "workers": settings.workers,
-        "engine": settings.engine,
-        "address": settings.address,
-        "make": partial(encoder_by_name, settings.encoder, settings.weights),
-        "device": device_of(settings),
-    }
+    make = partial(encoder_by_name, settings.encoder, settings.weights)
+    return {**chosen(settings, "workers", "engine", "address"), "make": make, "device": device_of(settings)}
 
 
 def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> None:
@@ -270,12 +270,7 @@ def refine_arrays(
 ) -> Refinement:
     """The one way from arrays to a refinement, for `run` and `refine`: doubts first, then the work.
 
-    Args:
-        features: Features of the real images, (N, D), NaN where one could not be decoded.
-        given: Given labels, (N,).
-        settings: `OPTIONS` are taken from it.
-        say: Called with every doubt.
-        inputs: The other arrays that `front.refine` takes; a second view comes as `logits` too.
+    `inputs` are the arrays that `front.refine` takes besides; a second view comes as `logits` too.
     """
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
@@ -388,8 +383,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
 def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
     """Write the features of images, (N, D), and their ids and labels, as `synth-refine refine` takes them."""
     check(settings, "embed")
-    classes = list(read_classes(settings.classes)) if settings.classes else None
-    images = open_images(settings.images, classes, **settings.columns).told(say)
+    _, images = opened(settings, say)
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 
@@ -397,4 +391,4 @@ def generate(settings: Settings) -> Path:
     """Generate the synthetic images of classes into the folder `out`; the manifest."""
     check(settings, "generate")
     classes = read_classes(settings.classes or "")
-    return generate_images(settings.out, classes, generator_of(settings), **set_of(settings))
+    return generate_images(settings.out, classes, generator_of(settings), **chosen(settings, *SET))
