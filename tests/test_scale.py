@@ -409,6 +409,7 @@ def test_nothing_larger_than_what_a_bucket_asks_for_is_held(tmp_path: Path, monk
     monkeypatch.setattr(rows, "BUCKET_ROWS", 256)
     monkeypatch.setattr(em, "EPOCHS", (1,))
     monkeypatch.setattr(anchored, "CHUNK_ELEMENTS", 256 * 8)
+    monkeypatch.setattr(front, "ORDER_ROWS", 512)
     one = problem(8000, 16, 16, 0.3)
     np.save(tmp_path / "features.npy", one.features)
     np.save(tmp_path / "given.npy", one.given)
