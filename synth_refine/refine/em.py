@@ -482,9 +482,13 @@ def view_answers(logits: Tensor, scored: Tensor) -> Tensor:
     """
     answers = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     sure, winner = logits[scored].softmax(dim=1).max(dim=1)
-    levels = sure.argsort(stable=True).argsort() * VIEW_LEVELS // max(len(sure), 1)
-    answers[scored] = winner * VIEW_LEVELS + levels
+    answers[scored] = leveled(winner, sure)
     return answers
+
+
+def leveled(winner: Tensor, sure: Tensor) -> Tensor:
+    """Classes and how sure of them a second view is, (n,) each, as its answers: in levels of equally many images."""
+    return winner * VIEW_LEVELS + sure.argsort(stable=True).argsort() * VIEW_LEVELS // max(len(sure), 1)
 
 
 def prototypes_of(reference: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
