@@ -190,7 +190,8 @@ def test_nine_in_ten_changes_are_right_from_the_posteriors_thresholds_on():
     assert abs(right[before].float().mean() - 0.9) > abs(right[accepted].float().mean() - 0.9)
 
 
-def test_the_papers_thresholds_score_each_image_against_prototypes_without_it():
+@pytest.mark.parametrize("weight", [0.5, 0.2])
+def test_the_papers_thresholds_score_each_image_against_prototypes_without_it(weight):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 8)
     features = 2 * np.eye(3, 5)[labels] + rng.normal(size=(24, 5))
@@ -202,8 +203,8 @@ def test_the_papers_thresholds_score_each_image_against_prototypes_without_it():
             others = (labels == number) & (np.arange(24) != row)
             mean = features[others].mean(axis=0)
             cosine = features[row] @ mean / np.linalg.norm(features[row]) / np.linalg.norm(mean)
-            scores[row, number] = 0.5 * cosine + 0.5 * chances[number]
-    found = paper_thresholds(*map(torch.from_numpy, (features, labels, logits)))
+            scores[row, number] = weight * cosine + (1 - weight) * chances[number]
+    found = paper_thresholds(*map(torch.from_numpy, (features, labels, logits)), weight)
     np.testing.assert_allclose(found, calibrate_thresholds(scores, labels))
     assert np.isfinite(found).any()
 

@@ -89,11 +89,17 @@ def columns(out: Path) -> dict[str, np.ndarray]:
 # ---- the labels of the whole ----
 
 
-@pytest.mark.parametrize("bucket_rows", [1 << 16, 64])
-@pytest.mark.parametrize("stored", ["npy", "folders", "parquet"])
-@pytest.mark.parametrize("options", [{}, {"second_view": True, "threshold": 0.8, "seed": 5}], ids=["plain", "more"])
+@pytest.mark.parametrize(
+    ("stored", "bucket_rows", "options"),
+    [
+        ("npy", 1 << 16, {}),
+        ("parquet", 64, {}),
+        ("folders", 64, {"second_view": True, "threshold": 0.8, "seed": 5}),
+        ("parquet", 64, {"second_view": True, "threshold": "auto"}),
+    ],
+)
 def test_the_anchored_labels_are_those_of_the_arrays_in_memory(
-    bucket_rows: int, stored: str, options: dict[str, Any], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: str, bucket_rows: int, options: dict[str, Any], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "BUCKET_ROWS", bucket_rows)
     places = {name: data.root / name if stored == "folders" else data.root / f"{name}.npy" for name in
@@ -103,8 +109,6 @@ def test_the_anchored_labels_are_those_of_the_arrays_in_memory(
     memory, disk = dict(options), dict(options)
     if options:
         memory["second_view"], disk["second_view"] = data.logits, places["logits"]
-        if stored == "parquet":
-            disk["second_view"] = data.root / "parquet"
     summary = data.anchored(tmp_path / "out", features=places["features"], given=places["given"], rounds=12, **disk)
     whole = front.refine(data.features, data.given, **data.synthetic, **memory)
     found = columns(tmp_path / "out")
@@ -203,7 +207,7 @@ def test_rows_that_cannot_be_scored_keep_their_label(data: Data, tmp_path: Path)
     features = data.features.copy()
     features[100:200] = np.nan  # a whole shard
     np.save(tmp_path / "features.npy", features)
-    assert data.anchored(tmp_path / "out", features=tmp_path / "features.npy").unscored == 101
+    assert data.anchored(tmp_path / "out", features=tmp_path / "features.npy").unscored == 102
     found, lost = columns(tmp_path / "out"), np.isnan(features).any(axis=1)
     np.testing.assert_array_equal(found["refined"][lost], data.given[lost])
     assert set(found["reason"][lost]) == {REASONS[Reason.UNSCORED]}
@@ -255,31 +259,31 @@ def crash_after(patch: pytest.MonkeyPatch, files: int) -> None:
     patch.setattr(Store, "note", failing)
 
 
-def test_every_finished_step_is_kept_and_every_damaged_one_done_again(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flips", [0, 5])
+def test_finished_steps_are_kept_and_damaged_ones_done_again(
+    flips: int, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "BUCKET_ROWS", 128)
     data.anchored(tmp_path / "calm")
-    expected, crashes = content(tmp_path / "calm"), 0
-    for damage in (False, True):
-        out = tmp_path / str(damage)
-        while True:  # every run gets a few files further
-            with pytest.MonkeyPatch.context() as patch:
-                crash_after(patch, 5)
-                try:
-                    data.anchored(out)
-                    break
-                except Crash:
-                    crashes += 1
-            kept = sorted([*out.glob("shards/s*/*"), *out.glob("shards/part-*")])
-            if damage and crashes % 2:
-                path = kept[crashes % len(kept)]
-                flipped = bytearray(path.read_bytes())
-                flipped[len(flipped) // 2] ^= 4
-                path.write_bytes(flipped)
-                damage = crashes < 9
-        assert content(out) == expected
-    assert crashes > 6
+    crashes, hit = 0, set()
+    while True:  # every run gets a few files further
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(patch, 6)
+            try:
+                data.anchored(tmp_path / "out")
+                break
+            except Crash:
+                crashes += 1
+        kept = [path for kind in ("steps", "scratch") for path in sorted((tmp_path / "out/shards" / kind).glob("*"))]
+        if crashes <= flips:
+            path = kept[crashes * 5 % len(kept)]
+            data_of = bytearray(path.read_bytes())
+            data_of[len(data_of) // 2] ^= 4
+            path.write_bytes(data_of)
+            hit.add(path.parent.name)
+    assert content(tmp_path / "out") == content(tmp_path / "calm")
+    assert crashes > 1
+    assert hit == ({"steps", "scratch"} if flips else set())
 
 
 def test_a_lost_or_damaged_shard_alone_is_made_again(data: Data, tmp_path: Path) -> None:
@@ -405,6 +409,7 @@ def test_nothing_larger_than_what_a_bucket_asks_for_is_held(tmp_path: Path, monk
     monkeypatch.setattr(rows, "BUCKET_ROWS", 256)
     monkeypatch.setattr(em, "EPOCHS", (1,))
     monkeypatch.setattr(anchored, "CHUNK_ELEMENTS", 256 * 8)
+    monkeypatch.setattr(front, "ORDER_ROWS", 512)
     one = problem(8000, 16, 16, 0.3)
     np.save(tmp_path / "features.npy", one.features)
     np.save(tmp_path / "given.npy", one.given)
@@ -413,7 +418,7 @@ def test_nothing_larger_than_what_a_bucket_asks_for_is_held(tmp_path: Path, monk
             tmp_path / "features.npy", tmp_path / "given.npy", tmp_path / "out", rounds=1, shard_rows=512,
             synthetic_features=one.synthetic, synthetic_labels=one.synthetic_labels,
         )  # fmt: skip
-    print(largest.elements)
+    assert 256 * 16 <= largest.elements < 100_000  # the cosines of a bucket; all scores are 128,000
 
 
 def test_a_shard_per_thread_of_torch_changes_no_byte(

@@ -60,10 +60,12 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     root = tmp_path_factory.mktemp("inputs")
-    rng = np.random.default_rng(0)
-    np.save(root / "features.npy", rng.standard_normal((SHARDS * SHARD_ROWS, 16)).astype(np.float16))
-    np.save(root / "given.npy", rng.integers(0, 10, SHARDS * SHARD_ROWS))
-    return root / "features.npy", root / "given.npy", rng.standard_normal((10, 16)).astype(np.float32), 0.3
+    rng, given = np.random.default_rng(0), np.arange(SHARDS * SHARD_ROWS) % 10
+    features = 2 * np.eye(10, 16)[given] + rng.standard_normal((len(given), 16))
+    np.save(root / "features.npy", features.astype(np.float16))
+    np.save(root / "given.npy", np.where(rng.random(len(given)) < 0.3, 0, given))
+    settings = {"prototypes": np.eye(10, 16, dtype=np.float32), "threshold": 0.3, "shard_rows": SHARD_ROWS}
+    return root / "features.npy", root / "given.npy", settings
 
 
 class Run(threading.Thread):
@@ -99,9 +101,7 @@ def test_a_bad_shard_is_one_line_and_the_rest_is_kept(cluster: Any, inputs: Any,
     given[-1] = 10
     np.save(tmp_path / "given.npy", given)
     with pytest.raises(InputError, match=f"given in .*: expected classes 0 to 9, got 10 in row {SHARD_ROWS - 1}$"):
-        refine_shards(
-            inputs[0], tmp_path / "given.npy", *inputs[2:], tmp_path / "out", shard_rows=SHARD_ROWS, engine="ray"
-        )
+        refine_shards(inputs[0], tmp_path / "given.npy", tmp_path / "out", **inputs[2], engine="ray")
 
 
 def test_a_killed_actor_changes_nothing(cluster: Any, tmp_path: Path) -> None:
@@ -236,23 +236,24 @@ def test_an_actor_refuses_other_weights_and_a_gpu_that_is_not_there(photos: Path
 def test_a_killed_worker_and_a_killed_node_change_nothing(
     cluster: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refine_shards(*inputs, tmp_path / "calm", shard_rows=SHARD_ROWS)
+    refine_shards(*inputs[:2], tmp_path / "calm", **inputs[2])
     gate = tmp_path / "gate"
 
     class Gated(scale._Work):
-        def __call__(self, shard: scale.Shard) -> dict[str, Any]:
+        def __call__(self, shard: scale.Shard) -> Any:
             while shard.number >= GATED and not gate.exists():
                 time.sleep(0.05)
             return super().__call__(shard)
 
     monkeypatch.setattr(scale, "_Work", Gated)
-    run = Run(lambda: refine_shards(*inputs, tmp_path / "ray", shard_rows=SHARD_ROWS, engine="ray"))
-    manifest = tmp_path / "ray" / "manifest.jsonl"
-    run.wait_for(lambda: manifest.exists() and manifest.read_bytes().count(b"\n") >= GATED // 2)
+    run = Run(lambda: refine_shards(*inputs[:2], tmp_path / "ray", **inputs[2], engine="ray"))
+    folder = tmp_path / "ray" / "shards"
+    run.wait_for(lambda: len(list(folder.glob("part-*.parquet"))) >= GATED // 2)
     [(worker, node), *_] = run.wait_for(lambda: kill_ray.workers(cluster))
     worker.kill()
     [(_, node), *_] = run.wait_for(lambda: [one for one in kill_ray.workers(cluster) if one[0].pid != worker.pid])
     kill_ray.kill_node(cluster, node)
     gate.touch()
-    assert run.result() == scale.Summary(SHARDS * SHARD_ROWS, run.outcome.changed, 0, SHARDS, 0)
-    assert kill_ray.written(tmp_path / "ray") == kill_ray.written(tmp_path / "calm")
+    found = run.result()
+    assert (found.rows, found.unscored, found.shards, found.reused) == (SHARDS * SHARD_ROWS, 0, SHARDS, 0)
+    assert content(tmp_path / "ray") == content(tmp_path / "calm")

@@ -282,15 +282,15 @@ class EM:
                     saved, most = trial, value
             assert saved is not None
             saved = self.steps.save("rounds", saved)
-        state, history = unpacked(saved), list(saved.info["history"])
-        states = [state]
+        averaged, history = unpacked(saved), list(saved.info["history"])
+        state = replace(averaged, heads=averaged.heads[-1:], keys=averaged.keys[-1:])
         while len(history) < self.rounds and history[-1]["changed"] >= SETTLED:
             state, entry = self._round(state, len(history), int(history[0]["epochs"]))
             history.append(entry)
-            states = [*states, state][-AVERAGED:]
-            self.steps.save("rounds", packed(state, {"history": history}))
-        heads, keys = [one.heads[0] for one in states], [one.keys[0] for one in states]
-        return replace(state, heads=heads, keys=keys), history
+            heads, keys = [*averaged.heads, *state.heads], [*averaged.keys, *state.keys]
+            averaged = replace(state, heads=heads[-AVERAGED:], keys=keys[-AVERAGED:])
+            self.steps.save("rounds", packed(averaged, {"history": history}))
+        return averaged, history
 
     def _round(self, before: State, number: int, epochs: int) -> tuple[State, dict[str, float]]:
         self.bar.set_description(f"round {number + 1}")
@@ -482,9 +482,13 @@ def view_answers(logits: Tensor, scored: Tensor) -> Tensor:
     """
     answers = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     sure, winner = logits[scored].softmax(dim=1).max(dim=1)
-    levels = sure.argsort(stable=True).argsort() * VIEW_LEVELS // max(len(sure), 1)
-    answers[scored] = winner * VIEW_LEVELS + levels
+    answers[scored] = leveled(winner, sure)
     return answers
+
+
+def leveled(winner: Tensor, sure: Tensor) -> Tensor:
+    """Classes and how sure of them a second view is, (n,) each, as its answers: in levels of equally many images."""
+    return winner * VIEW_LEVELS + sure.argsort(stable=True).argsort() * VIEW_LEVELS // max(len(sure), 1)
 
 
 def prototypes_of(reference: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:

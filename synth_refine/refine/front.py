@@ -168,13 +168,13 @@ def refine(
             progress=progress,
         )
     else:
+        half = 0.5 if weight is None else weight
         logits, prototypes, calibrated = _paper_evidence(
-            features, given, synthetic_features, synthetic_labels, prototypes, logits, num_classes, seed
+            features, given, synthetic_features, synthetic_labels, prototypes, logits, num_classes, half, seed
         )
         limits = calibrated if threshold in (None, "auto") else threshold
         if limits is None:
             raise InputError("threshold: expected a number where no classifier of ours can be calibrated, got none")
-        half = 0.5 if weight is None else weight
         result = refine_labels(features, logits, prototypes, limits, weight=half, strict=strict)
     return replace(result, diagnostics=replace(result.diagnostics, warnings=doubts + result.diagnostics.warnings))
 
@@ -205,6 +205,7 @@ def _paper_evidence(
     prototypes: Any,
     logits: Any,
     num_classes: int | None,
+    weight: float,
     seed: int,
 ) -> tuple[Any, Any, NDArray[np.float32] | None]:
     """Logits, (N, C), prototypes, (C, D), and calibrated thresholds, (C,), where they can be had."""
@@ -218,7 +219,7 @@ def _paper_evidence(
     device = features.device if isinstance(features, Tensor) else CPU
     real, synthetic = (float_tensor(one, torch.float32, device) for one in (features, synthetic_features))
     spoken, synthetic_logits = given_logits(real, label_tensor(given, device), synthetic, classes, seed=seed)
-    thresholds = paper_thresholds(synthetic.cpu(), label_tensor(synthetic_labels, CPU), synthetic_logits.cpu())
+    thresholds = paper_thresholds(synthetic.cpu(), label_tensor(synthetic_labels, CPU), synthetic_logits.cpu(), weight)
     return (spoken if isinstance(features, Tensor) else spoken.numpy()), prototypes, thresholds
 
 

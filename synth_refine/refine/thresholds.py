@@ -94,7 +94,7 @@ def posterior_thresholds(probs: Tensor, labels: Tensor, by_given: Tensor, seed: 
     return calibrate_thresholds(posterior[changed], labels.repeat_interleave(draws)[changed])
 
 
-def paper_thresholds(features: Tensor, labels: Tensor, logits: Tensor) -> NDArray[np.float32]:
+def paper_thresholds(features: Tensor, labels: Tensor, logits: Tensor, weight: float = 0.5) -> NDArray[np.float32]:
     """Per class, the smallest score from which on the paper's rule is right about nine in ten synthetic images.
 
     Each synthetic image is scored against prototypes without it, so no true label of a real image is needed.
@@ -103,6 +103,7 @@ def paper_thresholds(features: Tensor, labels: Tensor, logits: Tensor) -> NDArra
         features: Features of the synthetic images, (M, D), finite.
         labels: Their intended classes, (M,) int64; every class has at least one.
         logits: What heads trained on the real images say of them, (M, C).
+        weight: Weight of the cosine in the score.
     """
     features = features.double()
     classes = logits.shape[1]
@@ -111,7 +112,7 @@ def paper_thresholds(features: Tensor, labels: Tensor, logits: Tensor) -> NDArra
     cosine = directions @ F.normalize(sums, dim=1).T
     rest = sums[labels] - features  # zero for a class's only image, whose cosine is then zero
     cosine[torch.arange(len(labels)), labels] = (directions * F.normalize(rest, dim=1)).sum(dim=1)
-    return calibrate_thresholds(0.5 * cosine + 0.5 * logits.double().softmax(dim=1), labels)
+    return calibrate_thresholds(weight * cosine + (1 - weight) * logits.double().softmax(dim=1), labels)
 
 
 @dataclass(frozen=True)

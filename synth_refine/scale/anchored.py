@@ -32,7 +32,7 @@ from synth_refine._io.check import Array, check_array, check_floating, float_ten
 from synth_refine._io.store import Store
 from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_options, checked_synthetic
 from synth_refine.refine.decide import propose
-from synth_refine.refine.em import EM, VIEW_LEVELS, Saved
+from synth_refine.refine.em import EM, Saved, leveled
 from synth_refine.refine.paper import best_classes
 from synth_refine.refine.result import CPU, Action, Reason
 from synth_refine.refine.rows import Bucket, Chunk, Frame, Rows, bucket_of, fit_frame, neighbourhood, neighbours_like
@@ -174,9 +174,16 @@ class Anchored:
         saved = steps.load("frame")
         if saved is None or any(store.done(f"scratch/{name}") is None for name in names):
             bar.set_description("statistics")
-            frame, ends = fit_frame(self._read, total, self.synthetic, self.seed)
+            scored = np.zeros(total, dtype=bool)
+
+            def noted() -> Iterator[Chunk]:
+                for chunk in self._read():
+                    scored[chunk[2]] = True
+                    yield chunk
+
+            frame, ends = fit_frame(noted, total, self.synthetic, self.seed)
             bar.set_description("copy")
-            self._deal(folder, frame, ends, names)
+            self._deal(folder, frame, ends, names, scored)
             for name in names:
                 store.note(f"scratch/{name}", file_hash(folder / name))
             saved = steps.save("frame", Saved(frame.tensors(), {"ends": ends, "width": frame.width}))
@@ -215,9 +222,11 @@ class Anchored:
                 yield (chunk if len(places) == len(chunk) else chunk[fine]), given[places], shard.first + places
                 start += len(chunk)
 
-    def _deal(self, folder: Path, frame: Frame, ends: list[int], names: Sequence[str]) -> None:
+    def _deal(
+        self, folder: Path, frame: Frame, ends: list[int], names: Sequence[str], scored: NDArray[np.bool_]
+    ) -> None:
         """Write the scratch files: each finite row to the next free place of its bucket."""
-        free, view = list(ends[:-1]), self._view() if "view" in names else None
+        free, view = list(ends[:-1]), self._view(scored) if "view" in names else None
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
             for chunk, given, numbers in self._read():
@@ -238,7 +247,7 @@ class Anchored:
                             file.write(values.tobytes())
                         free[number] += len(rows)
 
-    def _view(self) -> NDArray[np.int32]:
+    def _view(self, scored: NDArray[np.bool_]) -> NDArray[np.int64]:
         """What the second view says of every image, as `em.view_answers`, (N,)."""
         sure, winner = [], []
         for shard in self.shards:
@@ -247,8 +256,8 @@ class Anchored:
                 best = float_tensor(values, torch.float32, CPU).softmax(dim=1).max(dim=1)
                 sure.append(best.values)
                 winner.append(best.indices.int())
-        levels = torch.cat(sure).argsort(stable=True).argsort() * VIEW_LEVELS // sum(map(len, sure))
-        answers: NDArray[np.int32] = (torch.cat(winner) * VIEW_LEVELS + levels).int().numpy()
+        answers = np.zeros(len(scored), dtype=np.int64)
+        answers[scored] = leveled(torch.cat(winner)[scored], torch.cat(sure)[scored]).numpy()
         return answers
 
     def _results(self, store: Store, em: EM, solution: Any, bar: tqdm[Any]) -> Path:
