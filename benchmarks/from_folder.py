@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder", default="glyph-clip", help="or what `synth-refine run` takes (%(default)s)")
     parser.add_argument("--weights", help="local weights of the encoder")
     parser.add_argument("--refiner", default="anchored", choices=["anchored", "paper"])
-    parser.add_argument("--threshold", default="auto")
+    parser.add_argument("--threshold")
     parser.add_argument("--out", type=Path, default=Path("runs/from_folder"), help="(%(default)s)")
     options = parser.parse_args(arguments)
     root: Path = options.out / f"{options.dataset}_commands"
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root.mkdir(parents=True)
     truth, command = _digits(root) if options.dataset == "digits" else _cifar10(root, options.data, options.given)
     encoder = str(GLYPH_CLIP) if options.encoder == "glyph-clip" else options.encoder
-    command += ["--encoder", encoder, "--refiner", options.refiner, "--threshold", options.threshold]
+    command += ["--encoder", encoder, "--refiner", options.refiner]
+    command += [] if options.threshold is None else ["--threshold", options.threshold]
     command += ["--weights", options.weights] if options.weights else []
     _call("run", f"{root}/images", "--classes", f"{root}/classes.yaml", "--out", f"{root}/result", *command)
     accepted = _accept(root)

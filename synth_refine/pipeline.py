@@ -300,8 +300,7 @@ def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, 
 
 def options_of(settings: Settings) -> dict[str, Any]:
     """The settings that the front door takes, without those left at their default."""
-    known = {name: getattr(settings, name) for name in OPTIONS if getattr(settings, name) != getattr(Settings, name)}
-    return known | {"threshold": settings.threshold}
+    return {name: getattr(settings, name) for name in OPTIONS if getattr(settings, name) != getattr(Settings, name)}
 
 
 def evidence_of(

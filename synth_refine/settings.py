@@ -112,8 +112,15 @@ class Settings:
     text_prototypes: str | None = _setting(
         None, "text features of the classes by the same encoder, (C, D)", REFINES, use=("anchored",), metavar="NPY"
     )
-    threshold: float | str = _setting(
-        "auto", THRESHOLD, REFINES, needed=("prototypes", "outputs"), metavar="auto|X", least=-1, most=1
+    threshold: float | str | None = _setting(
+        None,
+        THRESHOLD,
+        REFINES,
+        needed=("prototypes", "outputs"),
+        metavar="auto|X",
+        shown="anchored none, paper auto",
+        least=-1,
+        most=1,
     )
     weight: float | None = _setting(
         None, "weight of the similarity", REFINES, shown="0.5, without a classifier 1", use=("paper",), least=0, most=1

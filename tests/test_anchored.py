@@ -72,7 +72,6 @@ def test_a_second_view_is_heard_and_what_it_gets_wrong_is_seen_through():
     assert both < 0.6 * (answer != one.true).mean()
 
 
-@pytest.mark.xfail(reason="the heads are softened although the view says nothing: .335 become .423 wrong")
 def test_a_second_view_that_says_nothing_does_little_harm():
     one, alone = solved(noise=0.4, distance=2.0)
     nothing = np.random.default_rng(1).normal(size=(600, 4)).astype(np.float32)

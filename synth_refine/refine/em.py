@@ -48,7 +48,7 @@ LEAST_FINAL_VOTES = 1.2
 EXPONENTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 EXPONENT_STEPS = 3
 TRUST = (0.20, 0.30)  # estimated noise up to which likelihood alone chooses the exponent, and from which on it does not
-VIEW_EXPONENT = 0.5  # where there is a second view: both err on the same images
+VIEW_EXPONENT = 0.5  # of heads and neighbours, where a second view leads: both err on the same images
 VIEW_STEPS = 10  # maximisation steps in every round, where there is a second view
 LED_EXPONENT = 0.5  # of the given labels' evidence, where a second view leads
 LEADING = (0.05, 0.5)  # noise from which on, and share of it up to which a second view's errors make it lead
@@ -257,7 +257,7 @@ class EM:
         classes, device = self.classes, self.reference.device
         tables = (torch.full((size, classes), 1 / size, device=device) for size in (classes, classes, self._answers))
         given, near, view = tables
-        return State([[head]], [0], given, near, view, exponent=VIEW_EXPONENT if self.has_view else 1.0)
+        return State([[head]], [0], given, near, view)
 
     @property
     def has_view(self) -> bool:
@@ -298,7 +298,9 @@ class EM:
         heads = self._fit(before, key, epochs)
         steps = VIEW_STEPS if self.has_view else ROUND_STEPS
         state, sums = self.maximised(replace(before, heads=[heads], keys=[key]), steps)
-        state = replace(state, votes=self._votes(sums), view_leads=self._view_leads(sums))
+        leads = self._view_leads(sums)
+        exponent = VIEW_EXPONENT if leads else 1.0
+        state = replace(state, votes=self._votes(sums), view_leads=leads, exponent=exponent)
         changed, sample = 0, self.rows.bucket(0)
         for part in self.parts(len(sample)):
             old, new = (self._posterior(one, sample, part).argmax(dim=1) for one in (before, state))
