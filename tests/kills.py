@@ -67,19 +67,19 @@ def die_at(point: int) -> None:
     store._line = torn
 
 
-def kill_matrix(tmp_path: Path, run: Callable[[Path], object]) -> int:
-    """Kill `run(folder)` at every point, resume it, and compare with an undisturbed run; the number of kills."""
+def kill_matrix(tmp_path: Path, run: Callable[[Path], object], every: int = 1) -> int:
+    """Kill `run(folder)` at every so many points, resume it, compare with an undisturbed run; the number of kills."""
     sync, os.fsync = os.fsync, lambda _: None  # a killed process loses nothing that the system has taken over
     try:
-        return _kill_matrix(tmp_path, run)
+        return _kill_matrix(tmp_path, run, every)
     finally:
         os.fsync = sync
 
 
-def _kill_matrix(tmp_path: Path, run: Callable[[Path], object]) -> int:
+def _kill_matrix(tmp_path: Path, run: Callable[[Path], object], every: int) -> int:
     run(tmp_path / "whole")
     expected = content(tmp_path / "whole")
-    for point in range(1, 2000):
+    for point in range(1, 2000, every):
         folder = tmp_path / str(point)
 
         def killed(folder: Path = folder, point: int = point) -> None:
@@ -90,5 +90,5 @@ def _kill_matrix(tmp_path: Path, run: Callable[[Path], object]) -> int:
         run(folder)
         assert content(folder) == expected, point
         if not died:
-            return point - 1
+            return len(range(1, point, every))
     raise AssertionError("the job never ended")

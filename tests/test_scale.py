@@ -233,13 +233,13 @@ def test_labels_in_another_order_are_refused(data: Data, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refiner", ["paper", "anchored"])
+@pytest.mark.parametrize(("refiner", "every"), [("paper", 1), ("anchored", 6)])
 def test_killed_at_any_write_and_resumed_the_bytes_are_the_same(
-    refiner: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refiner: str, every: int, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "BUCKET_ROWS", 128)
     monkeypatch.setattr(em, "EPOCHS", (1,))
-    assert kill_matrix(tmp_path, lambda folder: getattr(data, refiner)(folder, shard_rows=125)) > 20
+    assert kill_matrix(tmp_path, lambda folder: getattr(data, refiner)(folder, shard_rows=125), every) > 20
 
 
 class Crash(Exception):

@@ -39,11 +39,12 @@ from synth_refine._io.check import (
     label_tensor,
 )
 from synth_refine.refine.decide import propose
-from synth_refine.refine.em import EM, view_answers
+from synth_refine.refine.em import EM
 from synth_refine.refine.heads import HIDDEN
 from synth_refine.refine.result import CPU, Reason, Refinement
 from synth_refine.refine.rows import array_reader, fit_frame, rows_in_memory
 from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics, solve
+from synth_refine.refine.state import view_answers
 from synth_refine.refine.thresholds import sweep
 
 ROUNDS = 12

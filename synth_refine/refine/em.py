@@ -17,15 +17,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, fold_logits, held_out_probs, new_head
+from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, held_out_probs, prototypes_of, sharpness
 from synth_refine.refine.rows import Bucket, Rows, seed_of
+from synth_refine.refine.state import VIEW_LEVELS, NoSteps, Saved, State, Steps, packed, unpacked
 
 EPOCHS = (2, 8)  # per fold and round: a short fit does not memorise wrong posteriors, many classes need a longer one
 LIKELIER = 0.05  # nats per label by which the longer fit must raise the likelihood of the given labels
@@ -33,7 +34,6 @@ SETTLED = 0.001  # stop when a round changes fewer labels than this
 FIRST_STEPS = 11  # maximisation steps of the transition matrices before the first round
 ROUND_STEPS = 2  # and in every round, from those of the round before on
 LAST_STEPS = 4  # and in the end
-VIEW_LEVELS = 8  # of confidence, at which a second view's answers are told apart
 VOTES_PER_CORRELATION = 1 / 16
 """Votes that the labels of a neighbourhood are worth, times the correlation of its labels.
 
@@ -50,72 +50,10 @@ EXPONENT_STEPS = 3
 TRUST = (0.20, 0.30)  # estimated noise up to which likelihood alone chooses the exponent, and from which on it does not
 VIEW_EXPONENT = 0.5  # of heads and neighbours, where a second view leads: both err on the same images
 VIEW_STEPS = 10  # maximisation steps in every round, where there is a second view
-LED_EXPONENT = 0.5  # of the given labels' evidence, where a second view leads
 LEADING = (0.05, 0.5)  # noise from which on, and share of it up to which a second view's errors make it lead
 AVERAGED = 5  # last rounds whose heads speak together in the end
 HELD_ELEMENTS = 1 << 26  # probabilities that are kept between passes, where all rows are one bucket
 SAMPLE_ELEMENTS = 1 << 23  # scores from which the sharpness of the prototypes is chosen
-TYPICAL_CONFIDENCE = 0.8  # of the prototypes, where a single synthetic image per class leaves nothing to hold out
-
-
-@dataclass(frozen=True)
-class State:
-    """What a round knows.
-
-    Attributes:
-        heads: Of each round that is averaged, one head for all images, or one per fold.
-        keys: What draws the folds of each round.
-        by_given: p(given label | true class), (C, C), a row per *given* label, so that a chunk gathers whole rows.
-        by_near: p(label of a neighbour | true class), likewise.
-        by_view: p(answer of the second view | true class), (C * VIEW_LEVELS, C), likewise.
-        votes: Independent votes that the labels of a neighbourhood are worth.
-        exponent: Of what heads and neighbours say together, at most 1; below 1 they are too sure.
-        view_leads: Whether the second view is so much better than the given labels that these are judged without
-            being heard themselves.
-    """
-
-    heads: list[list[nn.Module]]
-    keys: list[int]
-    by_given: Tensor
-    by_near: Tensor
-    by_view: Tensor
-    votes: float = 0.0
-    exponent: float = 1.0
-    view_leads: bool = False
-
-    def head_probs(self, rows: Bucket) -> Tensor:
-        """p(true class | image) by heads that did not see it, (n, C)."""
-        features = rows.features.float()
-        logits = (fold_logits(*one, features, rows.numbers) for one in zip(self.heads, self.keys, strict=True))
-        probs = sum(one.softmax(dim=1) for one in logits)
-        assert isinstance(probs, Tensor)
-        return probs / len(self.heads)
-
-    def join(self, head_probs: Tensor, rows: Bucket) -> Tensor:
-        """The same after hearing all annotators but the given labels, (n, C)."""
-        if self.votes and rows.near_labels is not None:
-            log_probs = F.embedding_bag(
-                rows.near_labels, self.by_near.log(), per_sample_weights=rows.near_weights, mode="sum"
-            )
-            head_probs = head_probs * log_probs.sub_(log_probs.amax(dim=1, keepdim=True)).mul_(self.votes).exp_()
-        if self.exponent != 1:
-            head_probs = F.normalize(head_probs, p=1, dim=1) ** self.exponent
-        if rows.view is not None:
-            head_probs = head_probs * self.by_view[rows.view]
-        return F.normalize(head_probs, p=1, dim=1)
-
-    def probs(self, rows: Bucket) -> Tensor:
-        """p(true class | image, all annotators but the given labels), (n, C)."""
-        return self.join(self.head_probs(rows), rows)
-
-    def posterior(self, rows: Bucket) -> Tensor:
-        """p(true class | image, all annotators), (n, C)."""
-        return F.normalize(self.probs(rows) * self.heard(rows.given), p=1, dim=1)
-
-    def heard(self, given: Tensor) -> Tensor:
-        """What the given labels say of each class, (n, C)."""
-        likelihood = self.by_given[given]
-        return likelihood**LED_EXPONENT if self.view_leads else likelihood
 
 
 @dataclass(frozen=True)
@@ -141,35 +79,6 @@ class Sums:
     log_likelihood: float
     stays: float
     view_stays: float
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a step found: tensors, and what JSON can hold."""
-
-    tensors: dict[str, Tensor]
-    info: dict[str, Any]
-
-
-class Steps(Protocol):
-    """Where finished steps are kept."""
-
-    def load(self, name: str) -> Saved | None:
-        """What was kept under this name, if it is there and undamaged."""
-
-    def save(self, name: str, saved: Saved) -> Saved:
-        """Keep it."""
-
-
-class NoSteps:
-    """Keeps nothing."""
-
-    def load(self, name: str) -> Saved | None:
-        """Nothing."""
-
-    def save(self, name: str, saved: Saved) -> Saved:
-        """What came."""
-        return saved
 
 
 @dataclass
@@ -473,84 +382,3 @@ class EM:
                 every.append(F.normalize(joint, p=1, dim=1))
             self._posteriors = state, torch.cat(every)
         return self._posteriors[1][places]
-
-
-def view_answers(logits: Tensor, scored: Tensor) -> Tensor:
-    """What a second view says of each image: its class and, in levels of equally many images, how sure it is, (N,).
-
-    Args:
-        logits: (N, C).
-        scored: Which images are there, (N,) bool; the others get 0.
-    """
-    answers = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    sure, winner = logits[scored].softmax(dim=1).max(dim=1)
-    answers[scored] = leveled(winner, sure)
-    return answers
-
-
-def leveled(winner: Tensor, sure: Tensor) -> Tensor:
-    """Classes and how sure of them a second view is, (n,) each, as its answers: in levels of equally many images."""
-    return winner * VIEW_LEVELS + sure.argsort(stable=True).argsort() * VIEW_LEVELS // max(len(sure), 1)
-
-
-def prototypes_of(reference: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
-    """Prototypes of length one, (C, K), and how often those of the other images are right about a synthetic image."""
-    sums = torch.zeros((classes, reference.shape[1]), device=reference.device).index_add_(0, labels, reference)
-    counts = torch.bincount(labels, minlength=classes)[:, None]
-    prototypes = F.normalize(sums / counts, dim=1)
-    several = counts[labels, 0] > 1  # a class's only image cannot be left out
-    if not bool(several.any()):
-        return prototypes, TYPICAL_CONFIDENCE
-    own = F.normalize(reference, dim=1)
-    cosine = own @ prototypes.T
-    rest = F.normalize(sums[labels] - reference, dim=1)
-    cosine[torch.arange(len(cosine), device=cosine.device), labels] = (own * rest).sum(dim=1)
-    right = float((cosine.argmax(dim=1) == labels)[several].float().mean())
-    return prototypes, min(max(right, 1.5 / classes, 0.3), 0.95)
-
-
-def sharpness(cosine: Tensor, confidence: float) -> float:
-    """The factor at which softmax(factor * cosine) has this mean confidence, by bisection of its logarithm."""
-    low, high = 0.1, 1000.0
-    for _ in range(30):
-        middle = math.sqrt(low * high)
-        if float((middle * cosine).softmax(dim=1).max(dim=1).values.mean()) < confidence:
-            low = middle
-        else:
-            high = middle
-    return middle
-
-
-def packed(state: State, info: dict[str, Any]) -> Saved:
-    """A state as tensors by name."""
-    heads = [head for one in state.heads for head in one]
-    tensors = {f"{number}.{name}": one for number, head in enumerate(heads) for name, one in head.state_dict().items()}
-    tensors |= {name: getattr(state, name) for name in ("by_given", "by_near", "by_view")}
-    return Saved(
-        tensors,
-        {**info, "keys": state.keys, "votes": state.votes, "exponent": state.exponent, "view_leads": state.view_leads},
-    )
-
-
-def unpacked(saved: Saved) -> State:
-    """What was packed."""
-    heads: list[nn.Module] = []
-    while own := _of_head(saved.tensors, len(heads)):
-        if "prototypes" in own:
-            heads.append(Nearest(own["prototypes"]))
-            continue
-        first, last = own["0.weight"], own.get("3.weight")  # a linear head has one layer, another one two
-        sizes = (len(first), 0) if last is None else (len(last), len(first))
-        head = new_head(first.shape[1], *sizes)
-        head.load_state_dict(own)
-        heads.append(head.eval().to(first.device))
-    keys = list(saved.info["keys"])
-    folds = len(heads) // len(keys)
-    given, near, view = (saved.tensors[name] for name in ("by_given", "by_near", "by_view"))
-    by_round = [heads[start : start + folds] for start in range(0, len(heads), folds)]
-    return State(by_round, keys, given, near, view, *(saved.info[name] for name in ("votes", "exponent", "view_leads")))
-
-
-def _of_head(tensors: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    start = f"{number}."
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

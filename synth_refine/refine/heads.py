@@ -5,6 +5,7 @@ Letters in shapes: N images, M synthetic images, K components, C classes, n rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -21,6 +22,7 @@ BATCH = (32, 1024)  # real images of a fold per step
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 1e-2
 DROPOUT = 0.3
+TYPICAL_CONFIDENCE = 0.8  # of the prototypes, where a single synthetic image per class leaves nothing to hold out
 SYNTHETIC_SHARE = 0.3  # synthetic images drawn per real image of a batch
 
 Targets = Callable[[Bucket, Tensor], Tensor]
@@ -148,3 +150,31 @@ def held_out_probs(
             held_out = order[fold_of == fold].to(reference.device)
             probs[held_out] = head(reference[held_out]).softmax(dim=1)
     return probs
+
+
+def prototypes_of(reference: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
+    """Prototypes of length one, (C, K), and how often those of the other images are right about a synthetic image."""
+    sums = torch.zeros((classes, reference.shape[1]), device=reference.device).index_add_(0, labels, reference)
+    counts = torch.bincount(labels, minlength=classes)[:, None]
+    prototypes = F.normalize(sums / counts, dim=1)
+    several = counts[labels, 0] > 1  # a class's only image cannot be left out
+    if not bool(several.any()):
+        return prototypes, TYPICAL_CONFIDENCE
+    own = F.normalize(reference, dim=1)
+    cosine = own @ prototypes.T
+    rest = F.normalize(sums[labels] - reference, dim=1)
+    cosine[torch.arange(len(cosine), device=cosine.device), labels] = (own * rest).sum(dim=1)
+    right = float((cosine.argmax(dim=1) == labels)[several].float().mean())
+    return prototypes, min(max(right, 1.5 / classes, 0.3), 0.95)
+
+
+def sharpness(cosine: Tensor, confidence: float) -> float:
+    """The factor at which softmax(factor * cosine) has this mean confidence, by bisection of its logarithm."""
+    low, high = 0.1, 1000.0
+    for _ in range(30):
+        middle = math.sqrt(low * high)
+        if float((middle * cosine).softmax(dim=1).max(dim=1).values.mean()) < confidence:
+            low = middle
+        else:
+            high = middle
+    return middle

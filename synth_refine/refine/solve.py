@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from synth_refine._io.check import Array
 from synth_refine.refine.checks import Story, check_row_order, compare_stories
 from synth_refine.refine.decide import Policy, default_odds, fit_transition, honest_exponent, propose, safe_odds
-from synth_refine.refine.em import EM, State
+from synth_refine.refine.em import EM
 from synth_refine.refine.estimates import Estimates, estimate_noise
 from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, fold_logits
 from synth_refine.refine.result import Reason
 from synth_refine.refine.rows import Bucket, Rows, seed_of
+from synth_refine.refine.state import State
 from synth_refine.refine.thresholds import SweepRow, posterior_thresholds
 
 RECOGNIZED = 0.5

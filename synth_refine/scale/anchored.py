@@ -32,11 +32,12 @@ from synth_refine._io.check import Array, check_array, check_floating, float_ten
 from synth_refine._io.store import Store
 from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_options, checked_synthetic
 from synth_refine.refine.decide import propose
-from synth_refine.refine.em import EM, Saved, leveled
+from synth_refine.refine.em import EM
 from synth_refine.refine.paper import best_classes
 from synth_refine.refine.result import CPU, Action, Reason
 from synth_refine.refine.rows import Bucket, Chunk, Frame, Rows, bucket_of, fit_frame, neighbourhood, neighbours_like
 from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics, solve
+from synth_refine.refine.state import Saved, leveled
 from synth_refine.scale.tables import TOP, Scores, Shard, digest, read_chunks, read_given
 
 FLAT = {"features": "<f2", "given": "<i4", "rows": "<i8", "view": "<i4"}
@@ -248,7 +249,7 @@ class Anchored:
                         free[number] += len(rows)
 
     def _view(self, scored: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """What the second view says of every image, as `em.view_answers`, (N,)."""
+        """What the second view says of every image, as `state.view_answers`, (N,)."""
         sure, winner = [], []
         for shard in self.shards:
             assert shard.logits is not None
