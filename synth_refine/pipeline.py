@@ -15,6 +15,7 @@ Letters in shapes: N real images, M synthetic images, D features, C classes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -374,7 +375,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded
         bad=len(real.bad),
         synthetic=len(synthetic.usable),
         warnings=tuple(known.warnings),
-        synthetic_accuracy=getattr(known, "synthetic_accuracy", None),
+        synthetic_accuracy=None if math.isnan(accuracy := getattr(known, "synthetic_accuracy", math.nan)) else accuracy,
         **estimates_of(known),
     )
 

@@ -107,7 +107,7 @@ def test_an_option_that_a_refiner_has_no_use_for_is_refused(refiner, name, value
         ({"refiner": "anchored"}, "synthetic_features: the anchored refiner needs it"),
         ({"synthetic_features": np.ones((4, 8))}, "synthetic_labels: the anchored refiner needs it"),
         ({"refiner": "paper", "threshold": 0.5}, "synthetic_features: expected .*, or prototypes, got neither"),
-        ({"prototypes": np.eye(4, 8)}, "threshold: expected a number where"),
+        ({"prototypes": np.eye(4, 8)}, "threshold: expected a number, since"),
         ({"prototypes": np.eye(4, 7), "threshold": 0.5}, r"prototypes: expected shape \(M, 8\), got \(4, 7\)"),
         ({"prototypes": np.eye(3, 8), "threshold": 0.5}, "given: expected classes 0 to 2, got 3"),
     ],

@@ -50,9 +50,15 @@ def check_folder_name(name: str, value: str) -> None:
         )
 
 
+def is_auto(threshold: object) -> bool:
+    """Whether a threshold is to be calibrated; arrays of thresholds are not."""
+    return isinstance(threshold, str) and threshold == "auto"
+
+
 def check_threshold(value: object, expected: str = "a number") -> None:
     """Refuse what is no number from -1 to 1, as scores and probabilities are; NaN, too."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not -1 <= float(value) <= 1:  # type: ignore[arg-type]
         raise InputError(f"threshold: expected {expected} from -1 to 1, got {value!r}")
 
 

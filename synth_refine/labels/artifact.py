@@ -41,7 +41,7 @@ from synth_refine.labels.run import Damaged as Damaged
 from synth_refine.labels.run import run_of as run_of
 from synth_refine.labels.run import versions as versions
 
-BESIDE = {"shards", "work", "manifest.jsonl", "settings.json", "config.json"}
+BESIDE = {"shards"}
 """What a refinement over shards keeps in the folder of its artifact."""
 
 

@@ -36,6 +36,7 @@ from synth_refine._io.check import (
     check_threshold,
     check_turned,
     float_tensor,
+    is_auto,
     label_tensor,
 )
 from synth_refine.refine.decide import propose
@@ -136,7 +137,7 @@ def refine_anchored(
 
 def check_options(threshold: float | str | None, **least: int) -> None:
     """Refuse options out of their range."""
-    if threshold not in (None, "auto"):
+    if not is_auto(threshold) and threshold is not None:
         check_threshold(threshold, "auto or a number")
     for name, value in least.items():
         lowest = int(name == "rounds")
@@ -193,10 +194,10 @@ def _checked(
     check_labels("given", given, num_classes)
     if text_prototypes is not None:
         check_array("text_prototypes", text_prototypes, (num_classes, features.shape[1]))
-        _check_finite("text_prototypes", text_prototypes)
+        check_finite("text_prototypes", text_prototypes)
     if second_view is not None:
         check_array("second_view", second_view, (features.shape[0], num_classes))
-        _check_finite("second_view", second_view, features)  # of unscored images a second view may say anything
+        check_finite("second_view", second_view, features)  # of unscored images a second view may say anything
     return num_classes
 
 
@@ -213,11 +214,11 @@ def checked_synthetic(features: Array, labels: Array, num_classes: int | None) -
     if num_classes == 0 or not bool(counts.all()):
         missing = int((counts == 0).nonzero()[0, 0]) if num_classes else 0
         raise InputError(f"synthetic_labels: expected at least one image per class, got none for class {missing}")
-    _check_finite("synthetic_features", features)
+    check_finite("synthetic_features", features)
     return num_classes
 
 
-def _check_finite(name: str, value: Array, features: Array | None = None) -> None:
+def check_finite(name: str, value: Array, features: Array | None = None) -> None:
     """Refuse rows that are not finite, but where those of `features` are not either."""
     finite = float_tensor(value, torch.float32, CPU).isfinite().all(dim=1)
     if features is not None:

@@ -210,13 +210,14 @@ class EM:
         leads = self._view_leads(sums)
         exponent = VIEW_EXPONENT if leads else 1.0
         state = replace(state, votes=self._votes(sums), view_leads=leads, exponent=exponent)
-        changed, sample = 0, self.rows.bucket(0)
-        for part in self.parts(len(sample)):
-            old, new = (self._posterior(one, sample, part).argmax(dim=1) for one in (before, state))
-            changed += int((old != new).sum())
+        sample = self.rows.bucket(0)
+        old, new = (
+            torch.cat([self._posterior(one, sample, part).argmax(dim=1) for part in self.parts(len(sample))])
+            for one in (before, state)
+        )
         entry = {
             "log_likelihood": sums.log_likelihood / len(self.rows),
-            "changed": changed / max(len(sample), 1),
+            "changed": float((old != new).float().mean()),
             "noise": 1 - sums.stays / len(self.rows),
             "epochs": epochs,
             "votes": state.votes,

@@ -22,6 +22,7 @@ from synth_refine._io.check import (
     check_labels,
     check_turned,
     float_tensor,
+    is_auto,
     label_tensor,
 )
 from synth_refine.refine.anchored import CHUNK_ELEMENTS, checked_synthetic, refine_anchored
@@ -90,7 +91,9 @@ def check(
     check_turned("features", features, given.shape[0])
     check_array("given", given, (features.shape[0],))
     reference, intended, classes = _reference(synthetic_features, synthetic_labels, prototypes, num_classes)
-    check_array("synthetic_features" if prototypes is None else "prototypes", reference, ("M", features.shape[1]))
+    check_array(
+        "prototypes" if synthetic_features is None else "synthetic_features", reference, ("M", features.shape[1])
+    )
     check_labels("given", given, classes)
     some = slice(None, None, -(-features.shape[0] // ORDER_ROWS) or 1)
     real, labels = float_tensor(features[some], torch.float32, CPU), label_tensor(given[some], CPU)
@@ -153,6 +156,8 @@ def refine(
     refiner = default_refiner(synthetic_features) if refiner is None else refiner
     check_use(refiner, dict(locals()))
     about: dict[str, Any] = {"synthetic_features": synthetic_features, "synthetic_labels": synthetic_labels}
+    if refiner == "paper" and logits is None and synthetic_features is None and weight not in (None, 1):
+        raise InputError(f"weight: expected 1 where there is no classifier, got {weight}")
     doubts = check(features, given, **about, prototypes=prototypes, num_classes=num_classes)
     if refiner == "anchored":
         result = refine_anchored(
@@ -172,9 +177,11 @@ def refine(
         logits, prototypes, calibrated = _paper_evidence(
             features, given, synthetic_features, synthetic_labels, prototypes, logits, num_classes, half, seed
         )
-        limits = calibrated if threshold in (None, "auto") else threshold
+        limits = calibrated if threshold is None or is_auto(threshold) else threshold
         if limits is None:
-            raise InputError("threshold: expected a number where no classifier of ours can be calibrated, got none")
+            raise InputError(
+                "threshold: expected a number, since calibrating one takes synthetic features and no logits"
+            )
         result = refine_labels(features, logits, prototypes, limits, weight=half, strict=strict)
     return replace(result, diagnostics=replace(result.diagnostics, warnings=doubts + result.diagnostics.warnings))
 

@@ -204,7 +204,7 @@ def score_rows(features: Tensor, logits: Tensor | None, directions: Tensor, weig
             scored &= logits.amax(dim=1, keepdim=True).isfinite() & logits.amin(dim=1, keepdim=True).isfinite()
         values, classes = best_classes(scores, count)
     ties = torch.empty((0, 2), dtype=torch.int64, device=scores.device)
-    if values.shape[1] > 1 and bool((tied := values[:, 0] == values[:, 1]).any()):
+    if values.shape[1] > 1 and bool((tied := (values[:, 0] == values[:, 1]) & scored[:, 0]).any()):
         scores.scatter_(1, classes, values)  # what the search took out
         ties = ((scores == values[:, :1]) & tied[:, None]).nonzero()
     values, classes = values[:, :top] / lengths, classes[:, :top]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synth_refine._io.check import Array, ArrayT, check_array, check_labels, label_tensor
+from synth_refine._io.check import Array, LabelsT, check_array, check_labels, label_tensor, labels_like
 from synth_refine._io.error import WrongBase
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Refinement:
         """Number of images that cannot be scored; they keep their label."""
         return int((self.proposed < 0).sum())
 
-    def apply(self, given: ArrayT) -> ArrayT:
+    def apply(self, given: LabelsT) -> LabelsT:
         """The refined labels: the proposed class where it is accepted, the given label elsewhere.
 
         Args:
@@ -110,9 +110,7 @@ class Refinement:
         """
         old = self._checked(given)
         new = torch.where(self._changed(old), label_tensor(self.proposed, CPU), old)
-        if isinstance(given, Tensor):
-            return new.to(given)
-        return new.numpy().astype(given.dtype)
+        return labels_like("given", given, new.numpy())
 
     def actions(self, given: Array) -> NDArray[np.int64]:
         """`Action` codes for given labels, (N,)."""
@@ -153,8 +151,8 @@ class Refinement:
             num_classes=self.num_classes,
             ids=ids,
             abstained=actions == Action.ABSTAIN,
-            confidence=self.confidence,
-            margin=self.margin,
+            confidence=torch.as_tensor(self.confidence).cpu().numpy(),
+            margin=torch.as_tensor(self.margin).cpu().numpy(),
             reason=np.array(REASONS)[label_tensor(self.reason, CPU).numpy()],
             inputs=inputs,
             settings=settings,
@@ -186,7 +184,7 @@ class Refinement:
         return best
 
     def _doubted(self) -> Tensor:
-        """Where a proposal that is not accepted asks for a person, (N,) bool; the paper's rule only where it is blind.
+        """Where a proposal that is not accepted asks for a person, (N,) bool; the paper's rule only where unscored.
 
         A score below the paper's threshold is no doubt about the label: the rule keeps it.
         """

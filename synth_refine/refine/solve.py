@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from synth_refine.refine.em import EM
 from synth_refine.refine.estimates import Estimates, estimate_noise
 from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, fold_logits
 from synth_refine.refine.result import Reason
-from synth_refine.refine.rows import Bucket, Rows, seed_of
+from synth_refine.refine.rows import Bucket, MemoryRows, Rows, seed_of
 from synth_refine.refine.state import State
 from synth_refine.refine.thresholds import SweepRow, posterior_thresholds
 
@@ -182,7 +183,8 @@ class AnchoredDiagnostics:
         history: One entry per round.
         warnings: What a person should know, a line each.
         sweep: What other thresholds would do.
-        posteriors: Computes row numbers, (n,), and posteriors, (n, C), of all images that can be scored.
+        posteriors: Computes row numbers, (n,), and posteriors, (n, C), of all images that can be scored; None over
+            shards.
     """
 
     estimates: Estimates = field(default_factory=Estimates)
@@ -232,7 +234,7 @@ def diagnostics(em: EM, solution: Solution, rows_swept: Sequence[SweepRow] = ())
         history=tuple(solution.history),
         warnings=solution.warnings,
         sweep=tuple(rows_swept),
-        posteriors=lambda: _posteriors(em, solution.state),
+        posteriors=partial(_posteriors, em, solution.state) if isinstance(em.rows, MemoryRows) else None,
     )
 
 

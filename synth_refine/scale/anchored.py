@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from synth_refine._io.atomic import file_hash
-from synth_refine._io.check import Array, check_array, check_floating, float_tensor, label_tensor
+from synth_refine._io.check import Array, InputError, check_array, check_floating, float_tensor, label_tensor
 from synth_refine._io.store import Store
-from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_options, checked_synthetic
+from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_finite, check_options, checked_synthetic
 from synth_refine.refine.decide import propose
 from synth_refine.refine.em import EM
 from synth_refine.refine.paper import best_classes
@@ -193,13 +193,11 @@ class Anchored:
         center, scale, synthetic_center, synthetic_scale = (tensors[name] for name in order)
         frame = Frame(center, scale, synthetic_center, synthetic_scale, tensors.get("columns"))
         rows = DiskRows(folder, saved.info["ends"], saved.info["width"], has_view, 0.0, bar)
-        if (near := steps.load("near")) is None:
-            squares = []
-            for number in range(len(rows.ends) - 1):
-                bar.set_description(f"neighbours, bucket {number + 1} of {len(rows.ends) - 1}")
-                squares.append(self._near(store, rows, number))
-            near = steps.save("near", Saved({}, {"like": neighbours_like(squares)}))
-        return frame, DiskRows(folder, rows.ends, rows.width, has_view, near.info["like"], bar)
+        squares = []
+        for number in range(len(rows.ends) - 1):  # those of an earlier run are checked
+            bar.set_description(f"neighbours, bucket {number + 1} of {len(rows.ends) - 1}")
+            squares.append(self._near(store, rows, number))
+        return frame, DiskRows(folder, rows.ends, rows.width, has_view, neighbours_like(squares), bar)
 
     def _near(self, store: Store, rows: DiskRows, number: int) -> Tensor:
         name = f"scratch/{near_name(number)}"
@@ -257,8 +255,11 @@ class Anchored:
                 best = float_tensor(values, torch.float32, CPU).softmax(dim=1).max(dim=1)
                 sure.append(best.values)
                 winner.append(best.indices.int())
+        confidence = torch.cat(sure)
+        if len(bad := (~confidence.isfinite() & torch.from_numpy(scored)).nonzero()):
+            raise InputError(f"second_view: expected finite numbers, got a non-finite one in row {int(bad[0, 0])}")
         answers = np.zeros(len(scored), dtype=np.int64)
-        answers[scored] = leveled(torch.cat(winner)[scored], torch.cat(sure)[scored]).numpy()
+        answers[scored] = leveled(torch.cat(winner)[scored], confidence[scored]).numpy()
         return answers
 
     def _results(self, store: Store, em: EM, solution: Any, bar: tqdm[Any]) -> Path:
@@ -274,7 +275,9 @@ class Anchored:
             for bucket, posterior in em.posteriors(solution.state):
                 found, places = propose(posterior, bucket.given, solution.policy), bucket.numbers.numpy()
                 values, classes = best_classes(posterior.clone(), min(TOP, self.classes))
-                classes[:, 0] = found.proposed  # among equals the given label
+                # Among equals the given label comes first, and the class in its place goes where it stood.
+                classes = torch.where(classes == found.proposed[:, None], classes[:, :1], classes)
+                classes[:, 0] = found.proposed
                 block = np.empty(len(places), table.dtype)
                 block["reason"], block["margin"] = found.reason.numpy(), found.margin.numpy()
                 block["classes"], block["scores"] = classes.numpy(), values.numpy()
@@ -334,6 +337,7 @@ def prepare_anchored(
     if text_prototypes is not None:
         check_array("text_prototypes", text_prototypes, (classes, synthetic_features.shape[1]))
         check_floating("text_prototypes", text_prototypes)
+        check_finite("text_prototypes", text_prototypes)
         text = float_tensor(text_prototypes, torch.float32, CPU)
     synthetic = float_tensor(synthetic_features, torch.float32, CPU)
     next(read_chunks("features", shards[0].features, 1, synthetic.shape[1]))  # a wrong width fails here

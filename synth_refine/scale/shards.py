@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from synth_refine._io.atomic import make_folder, write_atomic
-from synth_refine._io.check import Array, InputError
+from synth_refine._io.check import Array, InputError, is_auto
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
 from synth_refine.labels.artifact import check_free
@@ -145,6 +145,8 @@ def refine_shards(
         BlockingIOError: Another process is writing to `out`.
     """
     check_engine(engine)
+    if engine != "local" and front.default_refiner(synthetic_features) == "anchored" and refiner in (None, "anchored"):
+        raise InputError(f"engine: the anchored refiner trains in one process, expected local, got {engine}")
     values = dict(locals())
     refiner = front.default_refiner(synthetic_features) if refiner is None else refiner
     front.check_use(refiner, values)
@@ -152,9 +154,9 @@ def refine_shards(
     warnings = _doubts(features, given, synthetic_features, synthetic_labels, prototypes, num_classes)
     root = make_folder("out", out)
     check_free(root)
+    if (root / "run.json").exists() and not (root / "shards" / "settings.json").exists():
+        raise InputError(f"out: expected a new or empty folder, but {root} holds another artifact")
     if refiner == "anchored":
-        if engine != "local":
-            raise InputError("engine: the anchored refiner trains in one process, expected local, got ray")
         plan = prepare_anchored(
             shards, synthetic_features, synthetic_labels, num_classes, text_prototypes, threshold, force, seed, rounds
         )
@@ -162,7 +164,7 @@ def refine_shards(
     else:
         if synthetic_features is not None and prototypes is None:
             raise InputError("prototypes: expected them for the paper's rule over shards, got synthetic features alone")
-        if threshold in (None, "auto"):
+        if threshold is None or is_auto(threshold):
             raise InputError("threshold: expected a number for the paper's rule over shards, got none")
         assert prototypes is not None
         rule = make_rule(prototypes, threshold, head, weight, logits is not None)
