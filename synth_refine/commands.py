@@ -107,6 +107,7 @@ def _refine(options: Namespace) -> int:
     check_array("features", features, ("N", "D"))
     given, ids = read_labels_and_ids(settings.given, key=settings.key)
     check_turned("features", features, len(given))
+    given, ids = _in_order_of(settings.features, given, ids)
     inputs = _arrays(settings)
     if settings.logits:
         inputs["logits"] = read_npy("logits", settings.logits, "f")
@@ -121,6 +122,22 @@ def _refine(options: Namespace) -> int:
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases refuse such labels")
     return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
+
+
+def _in_order_of(
+    features: str, given: NDArray[np.int64], ids: list[str] | None
+) -> tuple[NDArray[np.int64], list[str] | None]:
+    """Labels with ids in the order of the features, which `embed` lists in a given.csv beside them."""
+    beside = Path(features).parent / "given.csv"
+    if ids is None or not beside.is_file():
+        return given, ids
+    _, own = read_labels_and_ids(beside)
+    if own is None or own == ids:
+        return given, ids
+    place = {one: row for row, one in enumerate(ids)}
+    if set(place) != set(own):
+        raise InputError(f"given: expected the ids of {beside}, which belong to the features, got others")
+    return given[[place[one] for one in own]], own
 
 
 def _arrays(settings: Settings) -> dict[str, Any]:

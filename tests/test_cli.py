@@ -601,3 +601,28 @@ def test_a_reader_that_stops_is_no_error(
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["diff", "refined"]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_labels_beside_embedded_features_are_taken_by_their_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    true = np.arange(120) % 3
+    np.save(tmp_path / "features.npy", (4 * np.eye(3, 6)[true] + rng.normal(size=(120, 6))).astype(np.float32))
+    np.save(tmp_path / "drawn.npy", (4 * np.eye(3, 6)[true] + rng.normal(size=(120, 6))).astype(np.float32))
+    np.save(tmp_path / "classes.npy", true)
+    lines = [f"{number}.png,{label}" for number, label in enumerate(true)]
+    (tmp_path / "given.csv").write_text("\n".join(["id,label", *lines, ""]))
+    (tmp_path / "sorted.csv").write_text("\n".join(["id,label", *sorted(lines), ""]))
+    (tmp_path / "other.csv").write_text("\n".join(["id,label", *lines[1:], "another.png,0", ""]))
+    files = {"--features": "features.npy", "--synthetic": "drawn.npy", "--synthetic-labels": "classes.npy"}
+    command = ["refine", *(one for name, path in files.items() for one in (name, str(tmp_path / path)))]
+    refined = []
+    for name in ("given", "sorted"):
+        more = ["--given", str(tmp_path / f"{name}.csv"), "--out", str(tmp_path / name)]
+        assert cli.main([*command, *more]) == 0
+        refined.append(read_artifact(tmp_path / name))
+    assert refined[0].ids == refined[1].ids
+    np.testing.assert_array_equal(refined[0].labels, refined[1].labels)
+    assert cli.main([*command, "--given", str(tmp_path / "other.csv"), "--out", str(tmp_path / "none")]) == 3
+    assert "given: expected the ids of" in capsys.readouterr().err
