@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -156,39 +155,3 @@ def sweep(
         after = 1 - float(kept.sum()) / count if len(given) else 0.0
         rows.append(SweepRow(float(threshold), share, after, wrong, int((left == 0).sum())))
     return rows
-
-
-def sweep_table(rows: Sequence[SweepRow]) -> str:
-    """The sweep as a Markdown table.
-
-    Example:
-        >>> print(sweep_table([SweepRow(0.5, 0.25, 0.1, 0.08, 0)]))
-        | threshold | changed | noise after (estimated) | wrong changes (estimated) | empty classes |
-        |---|---|---|---|---|
-        | 0.50 | 0.250 | 0.100 | 0.080 | 0 |
-    """
-    lines = [
-        "| threshold | changed | noise after (estimated) | wrong changes (estimated) | empty classes |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.threshold:.2f} | {row.changed:.3f} | {row.noise_after:.3f} | {row.wrong_changes:.3f} "
-        f"| {row.empty_classes} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def plot_sweep(rows: Sequence[SweepRow], path: str | Path) -> None:
-    """Draw the sweep into a picture file; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    thresholds = [row.threshold for row in rows]
-    axes.plot(thresholds, [row.changed for row in rows], label="changed")
-    axes.plot(thresholds, [row.noise_after for row in rows], label="noise after (estimated)")
-    axes.plot(thresholds, [row.wrong_changes for row in rows], label="wrong changes (estimated)")
-    axes.set(xlabel="smallest probability of the new class", ylabel="fraction", ylim=(0, None))
-    axes.legend(loc="upper right")  # matplotlib searches for the best place, and warns where that takes long
-    figure.savefig(path)
