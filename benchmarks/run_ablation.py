@@ -265,19 +265,24 @@ def run(study: str, refined: Refined, config: Mapping[str, Any], device: str) ->
     if path.exists():
         return read_records([path])[0]
     unfinished = refined.work / name
-    points: list[Record] = json.loads(unfinished.read_text()) if unfinished.exists() else []
-    for point in chosen[len(points) :]:
-        points.append(measure(study, point, refined, config))
+    measured: list[Record] = json.loads(unfinished.read_text()) if unfinished.exists() else []
+    made_by = environment(torch.device(device))
+    for point in chosen:
+        if any((entry["series"], entry["value"]) == (point.series, point.value) for entry in measured):
+            continue
+        measured.append({**measure(study, point, refined, config), "commit": made_by["commit"]})
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         with write_atomic(unfinished) as file:
-            file.write(json.dumps(points).encode())
+            file.write(json.dumps(measured).encode())
+    order = [(point.series, point.value) for point in chosen]
+    points = sorted(measured, key=lambda entry: order.index((entry["series"], entry["value"])))
     record: Record = {
         "study": study,
         "dataset": refined.benchmark.name,
         "noise": refined.benchmark.noise_name,
         "seed": refined.given.seed,
         "settings": settings,
-        "environment": environment(torch.device(device)),
+        "environment": made_by,
         "points": points,
     }
     write_record(path, record)
