@@ -14,17 +14,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from third_party.mapped import MappedImages
+
 
 @dataclass(frozen=True)
 class Split:
     """Inputs and the labels that belong to them, row by row."""
 
-    inputs: Tensor  # (N, 3, H, W) uint8 or (N, D) float32
+    inputs: Tensor  # (N, 3, H, W) uint8, in memory or in a file (see third_party/mapped.py), or (N, D) float32
     labels: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> Split:
         """The same rows on another device."""
-        return Split(self.inputs.to(device), self.labels.to(device))
+        here = self.inputs
+        return Split(here.on(device) if isinstance(here, MappedImages) else here.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Task:
         """The same task on another device; inputs that two splits share are still shared."""
         clean = self.clean_validation
         noisy = self.noisy_validation.to(device)
-        shared = clean.inputs.data_ptr() == self.noisy_validation.inputs.data_ptr()
+        shared = clean.inputs is self.noisy_validation.inputs
         return replace(
             self,
             train=self.train.to(device),

@@ -129,12 +129,10 @@ def measure_on(task: Task) -> Measure:
     used = {name: split for name, split in splits.items() if len(split.labels)}
 
     def measure(model: Classifier) -> dict[str, float]:
-        predicted: dict[
-            tuple[int, torch.Size], Tensor
-        ] = {}  # both validation sets share their inputs: one pass for two figures
+        predicted: dict[int, Tensor] = {}  # both validation sets share their inputs: one pass for two figures
         figures: dict[str, float] = {}
         for name, split in used.items():
-            key = (split.inputs.data_ptr(), split.inputs.shape)
+            key = id(split.inputs)
             if key not in predicted:
                 predicted[key] = embed(model, split.inputs)[1].argmax(dim=1)
             figures[name] = (predicted[key] == split.labels).double().mean().item()

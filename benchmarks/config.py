@@ -24,6 +24,9 @@ KEYS = {
     "refiners",
     "threshold",
     "weight",
+    "pixels",
+    "flips",
+    "posterior",
     "initial",
     "methods",
     "seeds",
@@ -126,10 +129,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, help="YAML file; default: digits.yaml, with --data features.yaml or cifar10.yaml")
     add("--data", type=Path, help="your arrays, an .npz file: train, train_labels, test, test_labels, synthetic, ...")
-    add("--given", type=Path, action="append", help="noisy labels of the first training rows; may be repeated")
+    add("--images", type=Path, help="your images: a folder with train, test and perhaps val, see benchmarks/README.md")
+    add("--classes", type=Path, help="--images: YAML file of class names, or of class names and what prompts call them")
+    add("--given", type=Path, action="append", help="noisy labels of the training images or rows; may be repeated")
     add("--noise", help="comma-separated, for example clean,uniform-0.3: noise added to the true labels")
     add("--data-root", type=Path, default=Path("data"), help="folder of CIFAR's files (default: %(default)s)")
-    add("--synthetic", type=Path, help="folder with one folder of synthetic images per class, for CIFAR")
+    add("--synthetic", type=Path, help="folder with one folder of synthetic images per class, for CIFAR and --images")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], help="for example 0,1,2")
     add("--out", type=Path, default=Path("runs"), help="folder for the records (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -146,8 +151,13 @@ def resolve_config(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.empty(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: expected auto, cpu or a device that is there, got {arguments.device!r}") from error
+    if arguments.images and arguments.data:
+        raise InputError(f"images: expected --images or --data, got both: {arguments.images} and {arguments.data}")
+    if arguments.images and not arguments.synthetic:
+        raise InputError("synthetic: expected a folder of synthetic images per class beside --images, got none")
     if arguments.config is None:
-        arguments.config = CONFIGS / f"{_default_config(arguments.data)}.yaml"
+        name = "folder" if arguments.images else _default_config(arguments.data)
+        arguments.config = CONFIGS / f"{name}.yaml"
     return read_config(arguments.config, arguments.overrides)
 
 

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from adapters.base import Split
 from benchmarks.cifar import CIFAR, cifar
-from benchmarks.task import Benchmark, Labels, annotate, build_task, noisy_labels
+from benchmarks.task import HOLD_OUT, Benchmark, Labels, annotate, build_task, hold_out, noisy_labels
 from synth_refine import InputError, noise
 from synth_refine._io.untrusted import open_plain
 from synth_refine.labels.files import as_labels, read_labels, transition_matrix
 from synth_refine.synthetic.glyphs import render_glyphs
 
 SYNTHETIC_PER_CLASS = 100  # the paper's number
-HOLD_OUT = 0.1  # of the training rows, for validation, where nothing else is there
 VALIDATION_ROWS, TEST_ROWS = 237, 360  # of the 1,797 digits; the other 1,200 are for training
 
 DIGITS_SEED = 834  # its draws come within two points of the named rate in the training and in the validation set
@@ -197,8 +196,7 @@ def npz(path: Path, given: Path | None = None, noise_name: str = "given", *, see
         matrix = transition_matrix(observed, truth[train], num_classes)
         observed = np.concatenate([observed, annotate(truth[validation], matrix, seed)])
     else:
-        held_out = np.random.default_rng(seed).permutation(rows)[: round(HOLD_OUT * len(rows))]
-        train, validation = np.setdiff1d(rows, held_out), np.sort(held_out)
+        train, validation = hold_out(len(rows), seed)
     splits = {name: Split(inputs[name], torch.from_numpy(labels[name])) for name in ("synthetic", "test")}
     known = truth if named or given is not None else None
     task = build_task(num_classes, inputs["train"], observed, known, train, validation, **splits)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from synth_refine import InputError
 from synth_refine._io.atomic import file_hash, write_atomic
@@ -27,11 +26,6 @@ PACKAGES = ("synth-refine", "torch", "torchvision", "numpy", "scipy", "scikit-le
 def digest(value: object) -> str:
     """Eight hex digits that name a setting; equal settings have equal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Names a tensor by its content."""
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def content_digest(path: Path) -> str:

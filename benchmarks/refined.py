@@ -21,12 +21,15 @@ from benchmarks import data
 from benchmarks.cifar import CIFAR
 from benchmarks.config import as_list
 from benchmarks.evidence import Evidence
-from benchmarks.records import Record, content_digest, digest, tensor_digest, weights_used
+from benchmarks.folders import Folders, FolderTask
+from benchmarks.pixels import read_resize
+from benchmarks.records import Record, content_digest, digest, weights_used
 from benchmarks.refiners import REFINERS
 from benchmarks.task import Benchmark
 from synth_refine import InputError
 from synth_refine._io.atomic import file_hash
 from synth_refine.images.embed import embed_cached
+from synth_refine.images.hashes import images_hash
 from third_party.parallel import first_process_first, from_first
 
 
@@ -38,7 +41,7 @@ class GivenLabels:
     path: Path | None  # the label file
     seed: int
     folder: Path  # of the records
-    files: Mapping[str, str | None]  # hashes
+    files: Mapping[str, Any]  # hashes, and the size that images are brought to
 
 
 def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[GivenLabels]:
@@ -47,13 +50,18 @@ def given_labels(config: Mapping[str, Any], arguments: argparse.Namespace) -> li
     if arguments.noise:
         noises += [(name, None) for name in arguments.noise.split(",")]
     if not noises:
-        noises = [(name, None) for name in (["given"] if arguments.data else as_list(config.get("noise", "clean")))]
+        default = "given" if arguments.data or arguments.images else "clean"
+        noises = [(name, None) for name in (["given"] if arguments.data else as_list(config.get("noise", default)))]
     seeds = arguments.seeds if arguments.seeds is not None else as_list(config.get("seeds", 0))
-    folder = arguments.out / (arguments.data.stem if arguments.data else arguments.config.stem)
-    if not arguments.data and "dataset" not in config:
-        raise InputError(f"dataset: expected a name in {arguments.config}, or --data, got neither")
-    source: dict[str, str | None] = {"data": _file_hash("data", arguments.data)}
-    if not arguments.data:
+    own = arguments.images.resolve().name if arguments.images else arguments.data.stem if arguments.data else None
+    folder = arguments.out / (own or arguments.config.stem)
+    if own is None and "dataset" not in config:
+        raise InputError(f"dataset: expected a name in {arguments.config}, or --data or --images, got none")
+    source: dict[str, Any] = {"data": _file_hash("data", arguments.data)}
+    if arguments.images:
+        source = {**folder_task(config, arguments).folders.digests, "pixels": config["pixels"]}
+        source |= {"posterior": _file_hash("posterior", path)} if (path := config.get("posterior")) else {}
+    elif not arguments.data:
         synthetic = arguments.synthetic
         if synthetic is None and config["dataset"] in CIFAR:
             synthetic = arguments.data_root / "synthetic" / config["dataset"]
@@ -84,7 +92,7 @@ def run_settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[s
     return settings
 
 
-def _file_hash(argument: str, path: Path | None) -> str | None:
+def _file_hash(argument: str, path: Path | str | None) -> str | None:
     if path is None:
         return None
     try:
@@ -95,6 +103,8 @@ def _file_hash(argument: str, path: Path | None) -> str | None:
 
 def load(labels: GivenLabels, config: Mapping[str, Any], arguments: argparse.Namespace) -> Benchmark:
     """The task of the command line, on the device, with as many synthetic images per class as the config says."""
+    if arguments.images:
+        return _on_device(folder_task(config, arguments).load(labels.noise, labels.path), config, arguments)
     benchmark = data.load(
         str(arguments.data) if arguments.data else config["dataset"],
         labels.noise,
@@ -102,6 +112,24 @@ def load(labels: GivenLabels, config: Mapping[str, Any], arguments: argparse.Nam
         synthetic=arguments.synthetic,
         given=labels.path,
     )
+    return _on_device(benchmark, config, arguments)
+
+
+def folder_task(config: Mapping[str, Any], arguments: argparse.Namespace) -> FolderTask:
+    """The task of `--images`; nothing is decoded yet."""
+    flips, posterior = config.get("flips"), config.get("posterior")
+    if flips is not None and not isinstance(flips, dict):
+        raise InputError(f"flips: expected a block from class to class, got {flips!r}")
+    return FolderTask(
+        Folders(arguments.images, arguments.synthetic, arguments.classes),
+        read_resize(config.get("pixels")),
+        arguments.out / "pixels",
+        flips,
+        None if posterior is None else Path(posterior),
+    )
+
+
+def _on_device(benchmark: Benchmark, config: Mapping[str, Any], arguments: argparse.Namespace) -> Benchmark:
     device = torch.device(arguments.device)
     task, truth = benchmark.task, benchmark.true_labels
     if config.get("synthetic_per_class") is not None:
@@ -139,7 +167,7 @@ class Refined:
         """The classifier trained on the given labels."""
         task, options = self.benchmark.task, self._config.get("initial") or {}
         splits = (task.train, task.noisy_validation, task.clean_validation)
-        contents = [tensor_digest(part) for split in splits for part in (split.inputs, split.labels)]
+        contents = [images_hash(part) for split in splits for part in (split.inputs, split.labels)]
         name = digest([*contents, self.given.seed, options])
         return initial_classifier(task, options, self.given.seed, self.work / f"initial_{name}.safetensors")
 

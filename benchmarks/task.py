@@ -18,6 +18,7 @@ from adapters.base import Split, Task
 from synth_refine import InputError, noise
 
 Labels = NDArray[np.int64]
+HOLD_OUT = 0.1  # of the training rows, for validation, where nothing else is there
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ def noisy_labels(
             example = "pmd-1-0.35, uniform-0.3 or pmd-1-0.35+asymmetric-0.3"
             raise InputError(f"noise: expected clean or a name like {example}, got {noise_name!r}")
     return labels
+
+
+def hold_out(count: int, seed: int, share: float = HOLD_OUT) -> tuple[Labels, Labels]:
+    """Rows for training and, a random share of all, for validation; both in order."""
+    rows = np.arange(count)
+    held_out = np.random.default_rng(seed).permutation(rows)[: round(share * count)]
+    return np.setdiff1d(rows, held_out), np.sort(held_out)
 
 
 def annotate(truth: Labels, matrix: NDArray[np.float64], seed: int) -> Labels:

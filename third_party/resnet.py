@@ -158,12 +158,22 @@ class FeatureHead(Classifier):
         return hidden
 
 
+def rows_at_once(inputs: Tensor, rows: int) -> int:
+    """As many rows as have the pixels of `rows` images of 32x32; all these rows of smaller images and of features.
+
+    Example:
+        >>> rows_at_once(torch.zeros(1, 3, 64, 64), 1024)
+        256
+    """
+    return max(1, rows * 1024 // max(1024, inputs.shape[2] * inputs.shape[3])) if inputs.ndim == 4 else rows
+
+
 def input_statistics(inputs: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel or feature, chunk by chunk in float64.
 
     Args:
         inputs: Pixels, (N, 3, H, W) uint8, or features, (N, D).
-        chunk: Rows converted at once.
+        chunk: Rows converted at once; fewer of large images, see `rows_at_once`.
 
     Returns:
         Mean and population standard deviation, (3,) for pixels scaled to [0, 1], (D,) for features; float32.
@@ -177,8 +187,9 @@ def input_statistics(inputs: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]
     scale = 255 if pixels else 1
 
     def mean_of(shift: Tensor | float, power: int) -> Tensor:
-        parts = [((part.double() / scale - shift) ** power).sum(dim=dims) for part in torch.split(inputs, chunk)]
-        return torch.stack(parts).sum(dim=0) / (inputs.numel() / inputs.shape[1])
+        parts = torch.split(inputs, rows_at_once(inputs, chunk))
+        sums = [((part.double() / scale - shift) ** power).sum(dim=dims) for part in parts]
+        return torch.stack(sums).sum(dim=0) / (inputs.numel() / inputs.shape[1])
 
     mean = mean_of(0.0, 1)
     std = mean_of(mean[:, None, None] if pixels else mean, 2).sqrt()
@@ -192,11 +203,12 @@ def embed(model: Classifier, inputs: Tensor, batch_size: int = 1024) -> tuple[Te
     Args:
         model: The network, on the device of `inputs`.
         inputs: (N, 3, H, W) uint8 or (N, D).
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; fewer of large images, see `rows_at_once`.
 
     Returns:
         Features, (N, K), and logits, (N, C).
     """
+    batch_size = rows_at_once(inputs, batch_size)
     training = model.training
     model.eval()
     features = torch.empty(len(inputs), model.head.in_features, device=inputs.device)

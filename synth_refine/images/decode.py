@@ -124,7 +124,7 @@ def fitted(image: Image.Image, preprocess: Preprocess | None) -> Image.Image:
         return image
     height, width = preprocess.size
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    if (image.height, image.width) == (height, width):
+    if (image.height, image.width) == (height, width) == preprocess.resized(height, width):
         return image
     if preprocess.crop:  # what will be cut off is not enlarged: a picture of 1 x 4,000,000 would fill the memory
         image = _cut_thin(image, THINNEST * max(1, -(-max(height, width) // min(height, width))))

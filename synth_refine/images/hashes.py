@@ -21,13 +21,15 @@ from synth_refine.images.listing import Images
 from synth_refine.images.readers import ParquetRows, Reader, part_of
 
 SHARD_ROWS = 4096  # images per task
+PART_BYTES = 1 << 25  # of a tensor that are hashed at once
 
 
 def images_hash(images: Tensor) -> str:
     """SHA-256 of the shape, the type and every byte of a tensor."""
     digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
-    for part in torch.split(images, SHARD_ROWS):
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    row_bytes = max(1, images.numel() // max(1, len(images)) * images.element_size())
+    for part in torch.split(images, max(1, PART_BYTES // row_bytes)):
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
