@@ -279,9 +279,8 @@ def given_labels(dataset: Any, *, column: str | None = None) -> tuple[NDArray[np
         dataset and for any other split of the same data set.
     """
     places = Places(dataset, column)
-    texts = places.ids(str, inside=True)
-    positions = all(one.isdigit() for one in texts[:1])
-    return places.labels(), places.ids(int) if positions else texts
+    positions, texts = places.ids(int), places.ids(str, inside=True)
+    return places.labels(), positions if texts == list(map(str, positions)) else texts
 
 
 def _rows(places: Places, wanted: Wanted, rows: Any, fill: str) -> NDArray[np.int64]:

@@ -163,6 +163,10 @@ class ColumnStore:
         values = self.dataset.with_format(None)[self.column]
         return np.array(values, dtype=np.int64)
 
+    def sample_ids(self) -> Sequence[str] | None:
+        known = "id" in self.dataset.column_names
+        return list(map(str, self.dataset.with_format(None)["id"])) if known else None
+
     def set_labels(self, labels: NDArray[np.int64]) -> None:
         order, name = self.dataset.column_names, self.column
         feature = self.dataset.features[name]
