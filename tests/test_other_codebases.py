@@ -284,6 +284,33 @@ def test_labels_are_looked_up_by_the_keys_of_a_stream() -> None:
             call()
 
 
+def test_labels_of_a_stream_keep_their_kind_and_are_found_by_shard_and_key() -> None:
+    """As webdataset gives them before decoding, with the ids that `embed` gives samples of shards."""
+    ids, classes = [f"{shard}.tar/a" for shard in range(3)], {"classes": ["3", "17", "90"]}
+    relabel = by_key(record(np.array([0, 1, 2]), np.array([1, 2, 0]), ids=ids, settings=classes))
+    for cells, expected in (
+        ((3, 17, 90), [17, 90, 3]),
+        ((b"3", b"17\n", b"90"), [b"17", b"90", b"3"]),
+        (("3", "17", "90"), ["17", "90", "3"]),
+        ((-1, -1, -1), [1, 2, 0]),
+    ):
+        samples = [{"__key__": "a", "__url__": f"data/{shard}.tar", "cls": cell} for shard, cell in enumerate(cells)]
+        assert [relabel(sample)["cls"] for sample in samples] == expected
+
+
+def test_hugging_face_rows_are_found_by_their_column_of_ids() -> None:
+    datasets = pytest.importorskip("datasets")
+    order = np.random.default_rng(0).permutation(400)
+    table = datasets.Dataset.from_dict({"id": order.tolist(), "label": GIVEN})
+    shuffled = table.shuffle(seed=1)
+    for one in (table, shuffled):
+        labels, ids = labels_of(one)
+        assert ids == list(map(str, one["id"]))
+        report = inject(shuffled, record(labels, refined_labels(labels), ids=ids))
+        wanted = dict(zip(ids, refined_labels(labels).tolist(), strict=True))
+        assert report.dataset["label"][:] == [wanted[str(one)] for one in shuffled["id"]]
+
+
 @pytest.mark.parametrize("shape", ["cifar10", "elr", "image-folder", "subset", "hugging-face", "key-value", "wrapper"])
 def test_the_way_out_matches_the_way_in(shape: str, tmp_path: Path) -> None:
     if shape == "hugging-face":
@@ -324,4 +351,4 @@ def test_millions_of_labels_by_path_take_seconds() -> None:
     middle = time.process_time()
     verify(dataset, refined[::-1], ids=ids)
     seconds = middle - start, time.process_time() - middle
-    assert max(seconds) < 15, seconds  # 5 on a quiet machine
+    assert max(seconds) < 5, seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,10 @@ def known_labels(value: Any, name: str, dataset: Any) -> NDArray[np.int64] | Non
     if name == "samples":
         if not set(map(type, value)) <= {tuple, list} or min(map(len, value), default=2) < 2:
             return None
-        value = [sample[1] for sample in value]
-    if not (set(map(type, value)) <= {int} or all(map(is_integer, value))):  # the first is quick for millions
-        return None
-    return np.array([int(one) for one in value], dtype=np.int64)
+        value = list(map(itemgetter(1), value))
+    if set(map(type, value)) <= {int}:  # quick for millions
+        return np.array(value, dtype=np.int64)
+    return np.array(list(map(int, value)), dtype=np.int64) if all(map(is_integer, value)) else None
 
 
 def keys_of(labels: dict[Any, Any], dataset: Any) -> list[Any]:
@@ -61,5 +62,7 @@ def like(old: Any, labels: NDArray[np.int64], dataset: Any) -> Any:
         return labels.astype(old.dtype if fits else np.int64)
     values: list[Any] = labels.tolist()
     if len(old) and isinstance(old[0], tuple | list):
-        values = [type(sample)((sample[0], label, *sample[2:])) for sample, label in zip(old, values, strict=True)]
+        pairs = set(map(type, old)) == {tuple} and set(map(len, old)) == {2}  # quick for millions
+        new = zip(map(itemgetter(0), old), values, strict=True)
+        values = list(new) if pairs else [type(one)((*pair, *one[2:])) for one, pair in zip(old, new, strict=True)]
     return tuple(values) if isinstance(old, tuple) else values

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,9 +279,8 @@ def given_labels(dataset: Any, *, column: str | None = None) -> tuple[NDArray[np
         dataset and for any other split of the same data set.
     """
     places = Places(dataset, column)
-    texts = places.ids(str, inside=True)
-    positions = all(one.isdigit() for one in texts[:1])
-    return places.labels(), places.ids(int) if positions else texts
+    positions, texts = places.ids(int), places.ids(str, inside=True)
+    return places.labels(), positions if texts == list(map(str, positions)) else texts
 
 
 def _rows(places: Places, wanted: Wanted, rows: Any, fill: str) -> NDArray[np.int64]:
@@ -315,9 +315,10 @@ def _rows(places: Places, wanted: Wanted, rows: Any, fill: str) -> NDArray[np.in
     if len(row_of) != count:
         check_unique("ids", [str(one) for one in own])
     items_ids = places.ids(str if own and texts else int)
-    if own and texts and row_of.keys().isdisjoint(items_ids):
-        items_ids = places.ids(str, inside=True)
-    found = np.array([row_of.get(one, -1) for one in items_ids], dtype=np.int64)
+    if own and texts and row_of.keys().isdisjoint(items_ids[:1000]):  # a million misses would take a second
+        inside = places.ids(str, inside=True)
+        items_ids = items_ids if row_of.keys().isdisjoint(inside) else inside
+    found = np.fromiter(map(row_of.get, items_ids, repeat(-1)), np.int64, items)
     missing = np.flatnonzero(found < 0)
     if missing.size and fill == "error":
         raise WrongIds(

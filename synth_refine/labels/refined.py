@@ -159,9 +159,11 @@ def by_key(
 
     Args:
         labels: Refined labels, as for `export`.
-        ids: The key of every label. An artifact brings its own.
+        ids: The key of every label. An artifact brings its own; those of `embed` and `run` begin with the shard's name,
+            which a sample of webdataset has in `__url__`.
         key: The entry of a sample that holds its key.
-        label: The entry that takes the label.
+        label: The entry that takes the label, by the name of the class where it holds one, as bytes where it holds
+            bytes.
 
     Returns:
         Sample in, a copy with its refined label out; a sample of an unknown key raises `WrongIds`.
@@ -174,15 +176,21 @@ def by_key(
     wanted = Wanted.of(labels, ids)
     if wanted.ids is None:
         raise WrongIds("ids: expected the key of every label, got None")
-    keys = [str(one) for one in wanted.ids]
+    keys, names = [str(one) for one in wanted.ids], wanted.classes or ()
     if len(keys) != len(wanted.labels):
         raise WrongIds(f"ids: expected {len(wanted.labels)}, one per label, got {len(keys)}")
     check_unique("ids", keys)
     label_by_key = dict(zip(keys, wanted.labels.tolist(), strict=True))
 
     def relabel(sample: dict[str, Any]) -> dict[str, Any]:
-        if sample.get(key) not in label_by_key:
+        shard = str(sample.get("__url__", "")).rpartition("/")[2]
+        one = next((name for name in (sample.get(key), f"{shard}/{sample.get(key)}") if name in label_by_key), None)
+        if one is None:
             raise WrongIds(f"ids: expected a label for every sample, got none for {sample.get(key)!r}")
-        return {**sample, label: label_by_key[sample[key]]}
+        old, new = sample.get(label), label_by_key[one]
+        text = old.decode(errors="replace").strip() if isinstance(old, bytes) else str(old)
+        new = names[new] if text in names else new
+        kept = str(new).encode() if isinstance(old, bytes) else str(new) if isinstance(old, str) else int(new)
+        return {**sample, label: kept}
 
     return relabel

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -134,7 +135,7 @@ class AttributeStore:
     def sample_ids(self) -> Sequence[Any] | None:
         value = getattr(self.dataset, self.name)
         if self.name == "samples":
-            return [os.fspath(sample[0]) for sample in value]
+            return list(map(os.fspath, map(itemgetter(0), value)))
         if isinstance(value, dict):
             return keys_of(value, self.dataset)
         indexs = getattr(self.dataset, "indexs", None) if self.name == "train_labels" else None
@@ -161,6 +162,10 @@ class ColumnStore:
     def get_labels(self) -> NDArray[np.int64]:
         values = self.dataset.with_format(None)[self.column]
         return np.array(values, dtype=np.int64)
+
+    def sample_ids(self) -> Sequence[str] | None:
+        known = "id" in self.dataset.column_names
+        return list(map(str, self.dataset.with_format(None)["id"])) if known else None
 
     def set_labels(self, labels: NDArray[np.int64]) -> None:
         order, name = self.dataset.column_names, self.column
@@ -255,7 +260,8 @@ class Places:
                 ids = _inside(ids, getattr(self.datasets[number], "root", None))
             columns.append(ids if kind is int or (len(ids) and isinstance(ids[0], str)) else list(map(str, ids)))
         if len(columns) == 1:
-            return [columns[0][position] for position in self.position.tolist()]
+            whole = np.array_equal(self.position, np.arange(len(columns[0])))
+            return list(columns[0] if whole else map(columns[0].__getitem__, self.position.tolist()))
         return [columns[number][row] for number, row in zip(self.store.tolist(), self.position.tolist(), strict=True)]
 
     def classes(self) -> list[str] | None:
@@ -360,8 +366,8 @@ def _inside(paths: Sequence[Any], root: Any) -> Sequence[Any]:
     if root is None:
         return paths
     start = os.path.join(os.fspath(root), "")
-    if all(one.startswith(start) for one in paths):
-        return [one[len(start) :] for one in paths]
+    if min(paths).startswith(start) and max(paths).startswith(start):  # so do all between them
+        return list(map(itemgetter(slice(len(start), None)), paths))
     if not all(Path(one).is_relative_to(root) for one in paths):
         return paths
     return [Path(one).relative_to(root).as_posix() for one in paths]
