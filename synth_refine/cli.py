@@ -206,6 +206,9 @@ def _parser() -> ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace another file, which is kept beside as .bak")
     export.add_argument("--force", action="store_true", help="take labels unlike those of --fill or --clean-label")
     export.add_argument(
+        "--keep-removed", action="store_true", help="write labels of removed images too, where all have a place"
+    )
+    export.add_argument(
         "--clean-label", metavar="FILE", help="cifar-n: the labels its loader compares with the data set"
     )
     export.add_argument("--entry", default="worse_label", help="cifar-n: the entry of the noise type (%(default)s)")

@@ -27,15 +27,15 @@ from synth_refine.labels.artifact import (
     Damaged,
     WrongBase,
     WrongIds,
-    check_free,
     read_artifact,
-    versions,
     write_artifact,
 )
 from synth_refine.labels.export import export
 from synth_refine.labels.files import label_bytes, read_label_file, read_labels, read_labels_and_ids
+from synth_refine.labels.kept import write_kept
 from synth_refine.labels.refined import numbered_like
 from synth_refine.labels.review import reviewed
+from synth_refine.labels.run import check_free, versions
 from synth_refine.labels.trees import apply_tree, revert_tree
 from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
@@ -244,10 +244,15 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
     if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == data):  # as a command that is repeated finds
         shown = "something else" if out.is_file() else "no file"
         raise InputError(f"out: expected a new file, or one of the same labels, but {out} holds {shown}")
+    rows = slice(None) if found.ids is None else artifact.rows_of(found.ids)
+    kept = None
+    if turn is Artifact.apply:
+        kept = write_kept(out, artifact.action[rows] != "remove", dry_run=options.dry_run)
     if not options.dry_run:
         with write_atomic(out) as file:
             file.write(data)
-    _show({"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
+    more = {} if kept is None else {"kept": str(kept)}
+    _show({"labels": options.out, **more, "written": not options.dry_run, **_counts(artifact)})
     return FINE
 
 
@@ -287,6 +292,7 @@ def _export(options: Namespace) -> int:
         key=options.entry,
         overwrite=options.overwrite,
         force=options.force,
+        keep_removed=options.keep_removed,
         dry_run=options.dry_run,
     )
     _say(done.note if done.backup is None else f"{done.note}; what was there is now {done.backup}")
@@ -326,8 +332,9 @@ def _dtype(path: str) -> np.dtype[Any]:
 
 
 def _counts(artifact: Artifact) -> dict[str, int]:
-    abstained = int((artifact.action == "abstain").sum())
-    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": abstained}
+    counts = {"count": len(artifact.labels), "changed": len(artifact.changed)}
+    counts |= {"abstained": int((artifact.action == "abstain").sum())}
+    return counts | {"no_class": len(artifact.proposed_removals), "removed": len(artifact.removed)}
 
 
 def _show(result: Mapping[str, object]) -> None:

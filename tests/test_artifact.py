@@ -154,11 +154,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "labels lost": (lambda folder: (folder / "labels.npy").unlink(), "changed, swapped or lost"),
     "run lost": (lambda folder: (folder / "run.json").unlink(), "artifact: cannot be read, No such file"),
     "run empty": (lambda folder: (folder / "run.json").write_text(""), "run.json is damaged"),
-    "run a list": (lambda folder: (folder / "run.json").write_text("[]"), "run.json is damaged: it is not of format 1"),
+    "run a list": (lambda folder: (folder / "run.json").write_text("[]"), "run.json is damaged"),
     "run a page": (lambda folder: (folder / "run.json").write_text("<html>"), "run.json is damaged"),
     "run nested": (lambda folder: (folder / "run.json").write_text("[" * 100_000), "run.json is damaged"),
     "run binary": (lambda folder: (folder / "run.json").write_bytes(b"\xff"), "run.json is damaged"),
-    "newer format": (_edit_run(format=2), "run.json is damaged: it is not of format 1"),
+    "newer format": (_edit_run(format=3), "run.json is damaged: it is of none of the formats 1, 2"),
     "no hashes": (
         _edit_run(files={"labels.npy": None, "changes.csv": None}),
         "run.json is damaged: a file has no hash",

@@ -1,7 +1,8 @@
 """Given and refined labels in, a folder out that says what was changed, why and from what, and can undo it.
 
     labels.npy   the refined labels, (N,) int64
-    changes.csv  one row per image that was changed or abstained from: id, old, new, action, confidence, margin, reason
+    changes.csv  one row per image that is not kept as it is: id, old, new, action, confidence, margin, reason and,
+                 where that is scored, no_class
     ids.csv      the id of every row, where the given labels came with ids
     run.json     hashes of the inputs and of the files above, settings, seed, versions
 
@@ -9,6 +10,12 @@ The new files are laid beside the old ones under names that hold their hash, the
 moment that counts, then the files take their plain names. A reader takes the files whose hashes run.json holds, under
 whichever of the two names they stand. An artifact is never replaced by another one: without it, what it was applied to
 could not be reverted.
+
+An image that seems to show none of the classes is proposed for removal: its action is `abstain` with the reason
+`NO_CLASS`, so that nothing happens to it unless a person decides so. The decision `remove` makes the action `remove`. A
+removed image keeps its given label in labels.npy and in what `apply` returns, which have a label for every image;
+`Artifact.kept` lists the rows to train on. An artifact that removes something is of format 2, which a version that does
+not know removals refuses; all others are of format 1, as ever.
 """
 
 from __future__ import annotations
@@ -17,8 +24,7 @@ import hashlib
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,21 +34,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from synth_refine._io.atomic import file_hash, locked, make_folder, remove_unfinished, sync_folder, temporary_name
+from synth_refine._io.atomic import locked, make_folder
 from synth_refine._io.check import Array, InputError, LabelsT, check_array, labels_like
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase as WrongBase
 from synth_refine._io.error import WrongIds as WrongIds
-from synth_refine._io.store import write_file
 from synth_refine._io.untrusted import read_npy
 from synth_refine.labels.files import as_labels, labels_hash
-from synth_refine.labels.run import NAMES, read_run
+from synth_refine.labels.run import NAMES, check_free, find_file, read_run, run_of, write_files
 from synth_refine.labels.run import Damaged as Damaged
-from synth_refine.labels.run import run_of as run_of
-from synth_refine.labels.run import versions as versions
 
-BESIDE = {"shards"}
-"""What a refinement over shards keeps in the folder of its artifact."""
+NO_CLASS = "no class: the image seems to show none of the classes"
+"""The reason of a proposal to remove an image."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,11 @@ class Artifact:
         given: The labels as given, (N,), in the integer type they came in.
         labels: The refined labels, (N,) int64.
         ids: The id of every row; None where the row number is the id.
-        action: What was decided for every row, (N,) texts: keep, change or abstain.
+        action: What was decided for every row, (N,) texts: keep, change, abstain or remove.
         confidence: The score of the decision, (N,); NaN where none is known. Kept rows lose it on disk.
         margin: By how much the best class beats the second, (N,); NaN where it is not known. Kept rows lose it on disk.
-        reason: Why a row was changed or abstained from, (N,) texts; empty for kept rows.
+        reason: Why a row was changed, abstained from or removed, (N,) texts; empty for kept rows.
+        no_class: How likely the image shows none of the classes, (N,); NaN where not known. Kept rows lose it on disk.
         run: Hashes of the inputs, settings, seed and versions, as run.json holds them.
     """
 
@@ -67,12 +71,28 @@ class Artifact:
     confidence: NDArray[np.float64]
     margin: NDArray[np.float64]
     reason: NDArray[np.object_]
+    no_class: NDArray[np.float64]
     run: dict[str, Any] = field(repr=False)
 
     @property
     def changed(self) -> NDArray[np.int64]:
         """The rows whose label was changed."""
         return np.flatnonzero(self.given != self.labels)
+
+    @property
+    def removed(self) -> NDArray[np.int64]:
+        """The rows that a person decided to leave out."""
+        return np.flatnonzero(self.action == "remove")
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """The rows to train on: all but the removed ones."""
+        return np.flatnonzero(self.action != "remove")
+
+    @property
+    def proposed_removals(self) -> NDArray[np.int64]:
+        """The rows that seem to show none of the classes and wait for a person's decision."""
+        return np.flatnonzero((self.action == "abstain") & (self.reason == NO_CLASS))
 
     @property
     def num_classes(self) -> int:
@@ -97,6 +117,8 @@ class Artifact:
 
     def apply(self, given: LabelsT, ids: Sequence[str] | None = None) -> LabelsT:
         """The refined labels, in the order, kind (NumPy or torch), type and device of `given`, which stays as it is.
+
+        There is one for every image; removed images keep their given label, see `kept`.
 
         Args:
             given: The labels that were refined, (N,) integers; with `ids` in any order.
@@ -150,10 +172,12 @@ class Artifact:
         return np.array([rows[one] for one in ids], dtype=np.int64)
 
     def table(self) -> dict[str, list[Any]]:
-        """The columns of changes.csv: the rows that were changed or abstained from."""
+        """The columns of changes.csv: the rows that are not kept as they were."""
         rows = np.flatnonzero(self.action != "keep")
         columns = {"old": self.given, "new": self.labels, "action": self.action}
         columns |= {"confidence": self.confidence, "margin": self.margin, "reason": self.reason}
+        if np.isfinite(self.no_class).any():
+            columns["no_class"] = self.no_class
         ids = rows.tolist() if self.ids is None else [self.ids[row] for row in rows]
         return {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
 
@@ -168,6 +192,8 @@ def record(
     confidence: Array | None = None,
     margin: Array | None = None,
     reason: Sequence[str] | NDArray[Any] | str = "",
+    no_class: Array | None = None,
+    removed: NDArray[np.bool_] | None = None,
     inputs: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Artifact:
@@ -181,23 +207,31 @@ def record(
         abstained: Rows that the refiner would not decide, (N,); they keep their label.
         confidence: The score of every decision, (N,).
         margin: By how much the best class beats the second, (N,).
-        reason: Why rows were changed or abstained from, one text or (N,).
+        reason: Why rows were changed, abstained from or removed, one text or (N,).
+        no_class: How likely the images show none of the classes, (N,).
+        removed: Rows that a person decided to leave out, (N,); they keep their label.
         inputs: Hashes or names of the data, encoder and prototypes.
         settings: Refiner, threshold, seed, class names as `classes`.
 
     Raises:
-        InputError: Shapes, types, ranges or ids that do not fit, or an abstained row with a changed label.
+        InputError: Shapes, types, ranges or ids that do not fit, or an abstained or removed row with a changed
+            label.
     """
     before = as_labels("given", given, num_classes)
     after = as_labels("labels", labels, num_classes)
     check_array("labels", after, before.shape)
     if num_classes is None:
         num_classes = int(max(before.max(), after.max())) + 1 if before.size else 0
-    open_rows = np.zeros(len(before), dtype=bool) if abstained is None else np.asarray(abstained, dtype=bool)
-    check_array("abstained", open_rows, before.shape)
     changed = before != after
-    if bool((changed & open_rows).any()):
-        raise InputError(f"abstained: expected rows that keep their label, got row {(changed & open_rows).argmax()}")
+    marked = {}
+    for name, rows in (("abstained", abstained), ("removed", removed)):
+        marked[name] = np.zeros(len(before), dtype=bool) if rows is None else np.asarray(rows, dtype=bool)
+        check_array(name, marked[name], before.shape)
+        if bool((changed & marked[name]).any()):
+            bad = (changed & marked[name]).argmax()
+            raise InputError(f"{name}: expected rows that keep their label, got row {bad}")
+    out = marked["removed"]
+    open_rows = marked["abstained"] & ~out
     names = None if ids is None else [str(one) for one in ids]
     if names is not None:
         if len(names) != len(before):
@@ -209,7 +243,7 @@ def record(
     reasons = np.full(len(before), reason, object) if isinstance(reason, str) else np.asarray(reason, dtype=object)
     check_array("reason", reasons, before.shape)
     scores = {}
-    for name, values in (("confidence", confidence), ("margin", margin)):
+    for name, values in (("confidence", confidence), ("margin", margin), ("no_class", no_class)):
         scores[name] = np.full(len(before), np.nan) if values is None else np.array(values, dtype=np.float64)
         check_array(name, scores[name], before.shape)
     dtype = np.dtype(str(given.dtype).removeprefix("torch."))
@@ -217,8 +251,8 @@ def record(
         given=before.astype(dtype),
         labels=after,
         ids=names,
-        action=np.array(["keep", "change", "abstain"], dtype=object)[changed + 2 * open_rows],
-        reason=np.where(changed | open_rows, reasons, ""),
+        action=np.array(["keep", "change", "abstain", "remove"], dtype=object)[changed + 2 * open_rows + 3 * out],
+        reason=np.where(changed | open_rows | out, reasons, ""),
         **scores,
         run=run_of(
             num_classes,
@@ -228,6 +262,7 @@ def record(
             labels_hash(after),
             int(changed.sum()),
             int(open_rows.sum()),
+            int(out.sum()),
             settings or {},
             inputs or {},
         ),
@@ -262,54 +297,6 @@ def _put(data: bytes, file: BinaryIO) -> None:
     file.write(data)
 
 
-def write_files(root: Path, contents: Mapping[str, Callable[[BinaryIO], object]], run: Mapping[str, Any]) -> None:
-    """Write the files of an artifact, however large, into a folder that is locked and free for them.
-
-    Args:
-        root: The folder.
-        contents: What writes each of `NAMES`.
-        run: As `Artifact.run`.
-    """
-    _settle(root)
-    hashes = {}
-    for name, write in contents.items():
-        place = temporary_name(root / name)
-        try:
-            hashes[name] = write_file(place, write)
-            os.replace(place, _staged(root, name, hashes[name]))
-        finally:
-            place.unlink(missing_ok=True)
-    write_file(root / "run.json", (json.dumps({**run, "files": hashes}, indent=2, allow_nan=False) + "\n").encode())
-    _settle(root)
-
-
-def check_free(folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder of something else, or of another artifact, which alone can revert what it was applied to.
-
-    Args:
-        folder: Where an artifact is to be written.
-        run: Its `Artifact.run`; None where that is not known yet.
-
-    Raises:
-        InputError: As said; the message names what differs.
-    """
-    root = Path(folder)
-    if not (root / "run.json").exists():
-        found = (path.name for path in sorted(root.glob("[!.]*")) if path.name not in BESIDE)
-        if (other := next(found, None)) is not None:
-            raise InputError(f"folder: expected an artifact or an empty folder, but {root} holds {other}")
-        return
-    if run is None:
-        return
-    there = read_run(root)
-    for name in sorted((run.keys() | there.keys()) - {"versions", "files"}):
-        if json.dumps(there.get(name), sort_keys=True) != json.dumps(run.get(name), sort_keys=True):
-            raise InputError(
-                f"folder: expected the same artifact as in {root}, got other {name}; without that one, what it was "
-                "applied to cannot be reverted: choose another folder"
-            )
-
-
 def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
     """Read an artifact and check every hash in it.
 
@@ -319,7 +306,7 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
     """
     root = Path(folder)
     run = read_run(root)
-    paths = {name: _find(root, name, run["files"][name]) for name in NAMES if name in run["files"]}
+    paths = {name: find_file(root, name, run["files"][name]) for name in NAMES if name in run["files"]}
     labels = np.array(read_npy("labels", paths["labels.npy"], "i"), dtype=np.int64)
     ids = read_csv("ids", paths["ids.csv"])["id"] if "ids.csv" in paths else None
     table = read_csv("changes", paths["changes.csv"])
@@ -332,40 +319,18 @@ def read_artifact(folder: str | os.PathLike[str]) -> Artifact:
         given = labels.astype(np.dtype(run["given"]["dtype"]))
         given[rows] = np.array(table["old"], dtype=np.int64)
         columns: dict[str, NDArray[Any]] = {}
-        for name in ("confidence", "margin"):
+        table.setdefault("no_class", [""] * len(rows))  # not scored
+        for name in ("confidence", "margin", "no_class"):
             columns[name] = np.full(len(labels), np.nan)
             columns[name][rows] = [float(cell) if cell else np.nan for cell in table[name]]
         for name, rest in (("action", "keep"), ("reason", "")):
             columns[name] = np.full(len(labels), rest, dtype=object)
             columns[name][rows] = table[name]
+        if (columns["action"] == "remove").sum() != run["labels"].get("removed", 0):
+            raise ValueError("another number of images is removed")
         if labels_hash(given) != run["given"]["sha256"] or labels_hash(labels) != run["labels"]["sha256"]:
             raise ValueError("the labels do not have the recorded hash")
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise Damaged(f"{root}: run.json and changes.csv contradict each other: {error}") from error
     run.pop("files")
     return Artifact(given=given, labels=labels, ids=ids, **columns, run=run)
-
-
-def _staged(root: Path, name: str, digest: str) -> Path:
-    return root / f".{digest}.{name}"
-
-
-def _find(root: Path, name: str, digest: str) -> Path:
-    # First the name with the hash: a rename in between can only move the file on to the other one.
-    for path in (_staged(root, name, digest), root / name):
-        if path.is_file() and file_hash(path) == digest:
-            return path
-    raise Damaged(f"{root / name} is not the file that run.json describes: it was changed, swapped or lost")
-
-
-def _settle(root: Path) -> None:
-    """Finish what an interrupted write had decided, and remove what it had not; only names of our own are touched."""
-    files = read_run(root)["files"] if (root / "run.json").exists() else {}
-    for name, digest in files.items():
-        if _staged(root, name, digest).exists():
-            os.replace(_staged(root, name, digest), root / name)
-    sync_folder(root)
-    for path in root.glob(".*"):
-        if re.fullmatch(rf"\.[0-9a-f]{{64}}\.({'|'.join(map(re.escape, NAMES))})", path.name):
-            path.unlink()
-    remove_unfinished(root)

@@ -12,6 +12,19 @@ from torch import Tensor
 
 from synth_refine.labels.files import as_labels
 
+DERIVED = {
+    "softlabel": "soft labels",
+    "soft_labels": "soft labels",
+    "noise_or_not": "noise flags",
+    "noise_prior": "a noise estimate",
+    "class_ind": "an index of the classes",
+    "class_weights": "class weights",
+    "sample_weights": "sample weights",
+    "neighbor_labels": "labels of neighbours",
+    "knn_labels": "labels of neighbours",
+}
+"""Attributes that codebases compute from the labels once."""
+
 
 def can_be_set(dataset: Any, name: str) -> bool:
     """Whether there is such an attribute, other than a property that only reads, as torchvision's MNIST has."""

@@ -64,6 +64,7 @@ def export(
     key: str = "worse_label",
     overwrite: bool = False,
     force: bool = False,
+    keep_removed: bool = False,
     dry_run: bool = False,
 ) -> Exported:
     """Write refined labels as the file that a codebase reads, whole or not at all.
@@ -83,6 +84,8 @@ def export(
         key: For `cifar-n`, the entry the loader's noise type reads.
         overwrite: Take the place of another file, which is kept beside it with the ending .bak.
         force: Take labels that agree with `fill` or `clean_label` no more often than by chance.
+        keep_removed: Write labels of removed images too: a file with a place for every image cannot leave them out,
+            and is refused otherwise. The format `kept` lists the rows to train on.
         dry_run: Check everything and write nothing.
 
     Returns:
@@ -93,8 +96,8 @@ def export(
         MissingClass: PLC stops when a class has no image.
         WrongIds: Ids that are no positions, or paths that the file cannot hold.
         WrongOrder: The labels are not of the same images as `fill` or `clean_label`.
-        InputError: Another file is there, an unknown format, a name that the codebase would misread, or labels of the
-            wrong shape or range.
+        InputError: Another file is there, removed images that the format cannot leave out, an unknown format, a name
+            that the codebase would misread, or labels of the wrong shape or range.
 
     Example:
         >>> import tempfile
@@ -110,6 +113,12 @@ def export(
     artifact = labels if isinstance(labels, Artifact) else None
     wanted = Wanted.of(labels, ids)
     values, texts = wanted.labels, None if wanted.ids is None else [str(one) for one in wanted.ids]
+    if wanted.removed is not None and rules.removal == "refuse" and not keep_removed:
+        able = ", ".join(name for name, one in FORMATS.items() if one.removal == "leave out")
+        raise InputError(
+            f"format: expected one that can leave out the {wanted.removed.sum()} removed images ({able}), got "
+            f"{format}; or write their labels too with keep_removed, and the rows to train on with the format kept"
+        )
     if texts is not None:
         if len(texts) != len(values):
             raise WrongIds(f"ids: expected {len(values)}, one per label, got {len(texts)}")
@@ -140,6 +149,9 @@ def export(
             )
     if clean is not None:
         check_array("clean_label", clean, values.shape)
+    if wanted.removed is not None and rules.removal == "leave out" and not keep_removed:
+        left = np.flatnonzero(~wanted.removed)
+        values, texts = values[left], [str(row) if texts is None else texts[row] for row in left.tolist()]
     data = rules.write(Rows(values, texts, target, artifact, clean, key, wanted.classes))
     note = rules.note.format(name=target.name, stem=target.stem, path=target, key=key)
     backup = None

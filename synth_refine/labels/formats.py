@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.error import WrongIds
 from synth_refine.labels.artifact import Artifact
+from synth_refine.labels.kept import kept_bytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Format:
         name_text: The same in words.
         every_class: Whether it refuses labels in which a class does not occur.
         needs_ids: Whether the file is a table by path.
+        removal: What becomes of removed images: the file is refused, leaves them out, or says which they are.
     """
 
     write: Callable[[Rows], bytes]
@@ -59,6 +61,7 @@ class Format:
     name_text: str = ""
     every_class: bool = False
     needs_ids: bool = False
+    removal: Literal["refuse", "leave out", "say so"] = "refuse"
 
 
 def _npy(rows: Rows) -> bytes:
@@ -148,6 +151,12 @@ def _parquet(rows: Rows) -> bytes:
     return buffer.getvalue()
 
 
+def _kept(rows: Rows) -> bytes:
+    if rows.artifact is None:
+        raise InputError("labels: expected an artifact, which alone knows what was removed, got an array")
+    return kept_bytes(rows.artifact.kept)
+
+
 def _cleanlab(rows: Rows) -> bytes:
     artifact = rows.artifact
     if artifact is None:
@@ -155,12 +164,13 @@ def _cleanlab(rows: Rows) -> bytes:
             "labels: expected an artifact, since a table of issues holds the given labels too, got an array"
         )
     changed = artifact.given != artifact.labels
+    removed = artifact.action == "remove"
     # The confidence in the new label stands against the given one; a kept label has nothing against it.
-    quality = np.where(changed, 1 - np.clip(np.nan_to_num(artifact.confidence, nan=1.0), 0, 1), 1.0)
+    quality = np.where(changed, 1 - np.clip(np.nan_to_num(artifact.confidence, nan=1.0), 0, 1), 1.0 - removed)
     return csv_bytes(
         {
             "id": rows.named(),
-            "is_label_issue": changed.tolist(),
+            "is_label_issue": (changed | removed).tolist(),
             "label_quality": quality.tolist(),
             "given_label": artifact.given.tolist(),
             "predicted_label": artifact.labels.tolist(),
@@ -228,15 +238,24 @@ FORMATS: Mapping[str, Format] = {
         name=r".+\.csv",
         name_text="a .csv file, such as metadata.csv",
         needs_ids=True,
+        removal="leave out",
     ),
-    "csv": Format(_csv, "columns id and label", name=r".+\.csv", name_text="a .csv file"),
-    "jsonl": Format(_jsonl, "one object with id and label per line"),
-    "parquet": Format(_parquet, "columns id and label"),
+    "csv": Format(_csv, "columns id and label", name=r".+\.csv", name_text="a .csv file", removal="leave out"),
+    "jsonl": Format(_jsonl, "one object with id and label per line", removal="leave out"),
+    "parquet": Format(_parquet, "columns id and label", removal="leave out"),
+    "kept": Format(
+        _kept,
+        "the rows to train on: torch.utils.data.Subset(dataset, numpy.load('{name}'))",
+        name=r".+\.npy",
+        name_text="a .npy file",
+        removal="say so",
+    ),
     "cleanlab": Format(
         _cleanlab,
         "read it with pandas and pass it as label_issues to cleanlab's CleanLearning.fit",
         name=r".+\.csv",
         name_text="a .csv file",
+        removal="say so",
     ),
 }
 """The kinds of file that `export` writes, each with its rules."""

@@ -21,13 +21,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from synth_refine._io.check import Array, InputError, check_array
 from synth_refine._io.csv import check_unique
 from synth_refine._io.error import WrongBase, WrongIds
 from synth_refine.labels.artifact import Artifact
-from synth_refine.labels.attributes import is_integer
+from synth_refine.labels.attributes import DERIVED, is_integer
 from synth_refine.labels.files import as_labels
 from synth_refine.labels.items import NotInjected, compare
 from synth_refine.labels.refined import Refined, Wanted, WrongClasses, WrongOrder, by_key, check_related
@@ -61,19 +61,6 @@ __all__ = [
     "verify",
 ]
 
-DERIVED = {
-    "softlabel": "soft labels",
-    "soft_labels": "soft labels",
-    "noise_or_not": "noise flags",
-    "noise_prior": "a noise estimate",
-    "class_ind": "an index of the classes",
-    "class_weights": "class weights",
-    "sample_weights": "sample weights",
-    "neighbor_labels": "labels of neighbours",
-    "knn_labels": "labels of neighbours",
-}
-"""Attributes that codebases compute from the labels once."""
-
 
 class StaleWarning(UserWarning):
     """Something that was computed from the old labels outlives them."""
@@ -92,10 +79,12 @@ class Report:
     """What `inject` did.
 
     Attributes:
-        dataset: The dataset to train on: the one passed, or a new one where it cannot be changed (Hugging Face).
+        dataset: The dataset to train on: the one passed; a new one where that cannot be changed (Hugging Face); or,
+            where images were removed, a `Subset` of the others.
         written: The attributes or methods that took the labels.
         count: Number of items of the dataset.
         changed: Number of items whose label is another one now.
+        removed: Number of items that `dataset` leaves out.
         stale: Attributes, files and loaders that hold what was computed from the old labels.
     """
 
@@ -103,6 +92,7 @@ class Report:
     written: tuple[str, ...]
     count: int
     changed: int
+    removed: int
     stale: tuple[str, ...]
     _undo: Callable[[], Any] = field(repr=False, compare=False)
 
@@ -132,6 +122,8 @@ def inject(
     `Subset`, `ConcatDataset`, `DataLoader` and wrappers that keep a `dataset` are looked through. Where the items stand
     in the order of the original data set, labels need no ids. Where a split or a shuffle has changed the order, `ids`,
     `rows`, `base` or an artifact says which label belongs to which item.
+
+    Images that a person removed are left out: go on with `Report.dataset`.
 
     Args:
         dataset: The dataset; for a Hugging Face dataset go on with `Report.dataset`.
@@ -166,7 +158,8 @@ def inject(
         WrongClasses: The dataset has no class of one of the names.
         Stale: With `on_stale="error"`; and always for a `DataLoader` whose persistent workers hold old copies.
         NotInjected: Item access still returns old labels; the dataset has been put back.
-        InputError: Labels of another shape, type or range, or a dataset whose labels are nowhere known.
+        InputError: Labels of another shape, type or range, a dataset whose labels are nowhere known, or a loader or
+            stream that removed images cannot be left out of.
 
     Warns:
         EmptiedClassWarning: A class has lost its last image.
@@ -189,8 +182,13 @@ def inject(
     if not force and wanted.given is None:
         check_related("labels", after[row >= 0], before[row >= 0], "if they are meant so, pass force=True")
 
-    changed = np.flatnonzero(before != after)
-    lost = np.setdiff1d(before, after)
+    changed, out = np.flatnonzero(before != after), wanted.left_out(row)
+    if out.any() and (isinstance(dataset, DataLoader) or not hasattr(dataset, "__getitem__")):
+        raise InputError(
+            f"dataset: expected one whose items can be left out, since {out.sum()} of its images were removed, got "
+            f"{type(dataset).__name__}; inject into the dataset below and load its Report.dataset"
+        )
+    lost = np.setdiff1d(before, after[~out])
     if lost.size:
         warnings.warn(f"labels: no image is left in class {_shown(lost)}", EmptiedClassWarning, stacklevel=2)
     named = wanted.ids is not None or wanted.given is not None or rows is not None
@@ -217,7 +215,10 @@ def inject(
     except BaseException:
         undo()
         raise
-    return Report(places.outer, written, len(after), len(changed), stale, undo)
+    left, kept = places.outer, np.flatnonzero(~out).tolist()
+    if out.any():
+        left = left.select(kept) if is_hugging_face(left) else Subset(left, kept)
+    return Report(left, written, len(after), len(changed), int(out.sum()), stale, undo)
 
 
 def verify(
@@ -236,8 +237,8 @@ def verify(
     """Read items as a training loop does and fail where one has another label than the refined one.
 
     This finds the second list that item access ignores, labels in the order of a split, a dataset that was rebuilt from
-    its label file since, and, where the running loader is passed, workers with old copies. Transforms run, and the
-    random states are put back.
+    its label file since, images that should have been left out, and, where the running loader is passed, workers with
+    old copies. Transforms run, and the random states are put back.
 
     Args:
         dataset: The dataset or, better, the loader of the running epoch.
@@ -252,13 +253,15 @@ def verify(
         label_of: As for `inject`.
 
     Raises:
-        NotInjected: An item has another label; the message shows the first five.
+        NotInjected: An item has another label, of which the message shows the first five, or was removed.
         LengthMismatch, WrongIds, WrongOrder, WrongClasses, Stale, InputError: As for `inject`.
     """
     places = Places(dataset, column)
     before = places.labels()
     wanted = Wanted.of(labels, ids, current=before, classes=classes).numbered(places.classes())
     row = _rows(places, wanted, rows, fill)
+    if count := int(wanted.left_out(row).sum()):
+        raise NotInjected(f"dataset: expected the removed images to be left out, got {count}; use Report.dataset")
     known = np.flatnonzero(row >= 0)
     if k is not None:
         first = known[:0] if wanted.given is None else known[(wanted.labels != wanted.given)[row[known]]]

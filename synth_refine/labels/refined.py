@@ -50,12 +50,14 @@ class Wanted:
         given: The labels that they were made from, (M,); None where these are not known.
         ids: The id of every label; None where their order says it.
         classes: The class names, (C,), where they are known.
+        removed: Labels whose images a person left out, (M,) bool; None where none is.
     """
 
     labels: NDArray[np.int64]
     given: NDArray[np.int64] | None
     ids: Any
     classes: Sequence[str] | None = None
+    removed: NDArray[np.bool_] | None = None
 
     @staticmethod
     def of(
@@ -75,6 +77,9 @@ class Wanted:
             current: What a result that does not know its given labels is applied to.
             classes: The class names; by default those of the artifact or the file.
         """
+        removed = None
+        if isinstance(refined, Artifact) and refined.removed.size:
+            removed = refined.action == "remove"
         if isinstance(refined, Artifact | LabelFile):
             ids, classes = refined.ids if ids is None else ids, refined.classes if classes is None else classes
             base = refined.given if base is None and isinstance(refined, Artifact) else base
@@ -91,7 +96,7 @@ class Wanted:
         if base is not None:
             base = as_labels("base", base)
             check_array("base", base, labels.shape)
-        return Wanted(labels, base, ids, classes)
+        return Wanted(labels, base, ids, classes, removed)
 
     def numbered(self, classes: Sequence[str] | None) -> Wanted:
         """The same with the numbers that a dataset gives its classes, by their names.
@@ -117,6 +122,12 @@ class Wanted:
     def on(self, current: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The label of every item that has the label of a row, (n,); with row -1 the current one."""
         return np.where(rows >= 0, self.labels[rows] if self.labels.size else current, current)
+
+    def left_out(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the item of each row was removed, (n,)."""
+        if self.removed is None:
+            return np.zeros(len(rows), dtype=bool)
+        return (rows >= 0) & self.removed[rows]
 
 
 def numbered_like(found: LabelFile, classes: Sequence[str] | None) -> NDArray[np.int64]:
@@ -154,7 +165,7 @@ def check_related(name: str, labels: NDArray[np.int64], others: NDArray[np.int64
 
 def by_key(
     labels: Refined, ids: Sequence[str] | None = None, *, key: str = "__key__", label: str = "cls"
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
+) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
     """A function for the `map` of an iterable dataset, such as webdataset's, that looks labels up by the samples' keys.
 
     Args:
@@ -166,7 +177,8 @@ def by_key(
             bytes.
 
     Returns:
-        Sample in, a copy with its refined label out; a sample of an unknown key raises `WrongIds`.
+        Sample in, a copy with its refined label out; a sample of an unknown key raises `WrongIds`. A removed sample
+        gives None, which the `map` of webdataset leaves out.
 
     Example:
         >>> relabel = by_key(np.array([3, 1]), ids=["a", "b"])
@@ -181,12 +193,15 @@ def by_key(
         raise WrongIds(f"ids: expected {len(wanted.labels)}, one per label, got {len(keys)}")
     check_unique("ids", keys)
     label_by_key = dict(zip(keys, wanted.labels.tolist(), strict=True))
+    removed = set() if wanted.removed is None else {keys[row] for row in np.flatnonzero(wanted.removed)}
 
-    def relabel(sample: dict[str, Any]) -> dict[str, Any]:
+    def relabel(sample: dict[str, Any]) -> dict[str, Any] | None:
         shard = str(sample.get("__url__", "")).rpartition("/")[2]
         one = next((name for name in (sample.get(key), f"{shard}/{sample.get(key)}") if name in label_by_key), None)
         if one is None:
             raise WrongIds(f"ids: expected a label for every sample, got none for {sample.get(key)!r}")
+        if one in removed:
+            return None
         old, new = sample.get(label), label_by_key[one]
         text = old.decode(errors="replace").strip() if isinstance(old, bytes) else str(old)
         new = names[new] if text in names else new

@@ -11,26 +11,29 @@ import numpy as np
 from synth_refine._io.atomic import file_hash
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import check_unique, read_csv
-from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds, record
+from synth_refine.labels.artifact import NO_CLASS, Artifact, WrongBase, WrongIds, record
 
 COLUMNS = ("id", "given", "decision", "label")
 """Of decisions.csv."""
 
 
 def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Artifact:
-    """The artifact that the decisions of people make of another one: it changes what they accepted or corrected.
+    """The artifact that the decisions of people make of another one: it changes what they accepted or corrected
+    and leaves out what they removed.
 
     Write it with `write_artifact`; its run.json says under `reviewed` which artifact and which decisions it came from.
 
     Args:
         artifact: The artifact that the page showed.
-        decisions: The file that the page exports: id, given, decision (accept, reject or correct), label.
+        decisions: The file that the page exports: id, given, decision (accept, reject, correct or remove), label. The
+            label of a rejected or removed image is the given one.
         classes: Class names, (C,), in the order of their labels; by default those that the artifact holds, or else the
             labels' numbers.
 
     Returns:
         An artifact of the same given labels. Accepted changes are in it as they were, corrected ones with the label
-        that was chosen. Changes that nobody decided on keep the given label and are marked `abstain`.
+        that was chosen. Removed images are marked `remove` and keep the given label. Changes and removals that nobody
+        decided on keep the given label and are marked `abstain`.
 
     Raises:
         WrongIds: An id that is not the artifact's.
@@ -50,6 +53,7 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
     class_of = {name: number for number, name in enumerate(classes)}
     labels = artifact.given.astype(np.int64)
     reason, open_rows = artifact.reason.copy(), artifact.action != "keep"
+    removed = np.zeros(len(labels), dtype=bool)
     for one, old, decision, name in zip(*(table[column] for column in COLUMNS), strict=True):
         if one not in row_of:
             raise WrongIds(f"decisions: expected ids of the artifact, got {one!r}")
@@ -58,17 +62,19 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
             if cell not in class_of:
                 raise InputError(f"decisions: expected class names for {one!r}, got {cell!r}")
         given, label = int(artifact.given[row]), class_of[name]
-        expected = {"accept": int(artifact.labels[row]), "reject": given, "correct": label}
+        expected = {"accept": int(artifact.labels[row]), "reject": given, "correct": label, "remove": given}
         if decision not in expected:
-            raise InputError(f"decisions: expected accept, reject or correct for {one!r}, got {decision!r}")
+            raise InputError(f"decisions: expected accept, reject, correct or remove for {one!r}, got {decision!r}")
         if class_of[old] != given or expected[decision] != label:
             raise WrongBase(
                 f"decisions: expected {decision} of {classes[expected[decision]]!r} for {one!r}, given as "
                 f"{classes[given]!r}, got {name!r}, given as {old!r}: they are about another refinement"
             )
-        labels[row], open_rows[row] = label, False
+        labels[row], open_rows[row], removed[row] = label, False, decision == "remove"
         if decision == "correct":
             reason[row] = "corrected by hand"
+        elif removed[row] and reason[row] != NO_CLASS:
+            reason[row] = "removed by hand"
     made = record(
         artifact.given,
         labels,
@@ -78,6 +84,8 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
         confidence=artifact.confidence,
         margin=artifact.margin,
         reason=reason,
+        no_class=artifact.no_class,
+        removed=removed,
         inputs=artifact.run["inputs"],
         settings=artifact.run.get("settings"),
     )

@@ -2,6 +2,9 @@
 
 An image goes into the folder of its refined class under the name that it has. Where another image has or had that name,
 "~" and its old class are added. So an artifact alone says where every image is, and the way back needs no notes.
+
+Images that a person removed are not in the new folder. They go to the folder NAME.removed beside it, from which the way
+back takes them, and which can be deleted. A table keeps all its rows; NAME.kept.npy beside it lists those to train on.
 """
 
 from __future__ import annotations
@@ -18,15 +21,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from synth_refine._io.atomic import TEMPORARY, locked, sync_folder, write_atomic
+from synth_refine._io.atomic import TEMPORARY, file_hash, locked, sync_folder, write_atomic
 from synth_refine._io.check import InputError, check_folder_name
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
 from synth_refine._io.error import WrongBase
 from synth_refine.images.hashes import content_hashes
-from synth_refine.images.listing import Images
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact
 from synth_refine.labels.cells import with_column
+from synth_refine.labels.kept import write_kept
 
 MOST_BYTES = 255  # of a name, on almost every disk
 
@@ -46,8 +49,8 @@ def apply_tree(
             decisions of people left of one.
         source: The folder or the table that was refined.
         out: The folder or the table to write, which must not exist. It appears whole or not at all. Files of a folder
-            that are no images stay where they are. A table goes beside the old one, since the paths in it are relative,
-            and only cells of the column `label` differ.
+            that are no images stay where they are. Removed images go to the folder `out`.removed instead. A table goes
+            beside the old one, since the paths in it are relative, and only cells of the column `label` differ.
         link: Hard links instead of copies; whoever edits such a file in place then edits both.
         dry_run: Check everything, write nothing.
 
@@ -75,7 +78,7 @@ def revert_tree(
 
     Args:
         artifact: The one that was applied.
-        source: What `apply_tree` wrote.
+        source: What `apply_tree` wrote; the removed images are taken from `source`.removed.
         out: As there.
         link: As there.
         dry_run: As there.
@@ -88,6 +91,8 @@ def revert_tree(
 
 def new_places(artifact: Artifact) -> list[str]:
     """Where every image of a folder per class goes, relative to the new folder, in the order of the ids.
+
+    A removed image has the place that it had, and no other image takes it.
 
     Names that differ by case or by the composition of accents alone count as the same, as they do on many disks.
     """
@@ -144,34 +149,62 @@ def _write(
     if undo:
         before, after = after, before
     back = dict(zip(before, ids, strict=True))
-    names = [back.get(one, one) for one in found.ids]
+    names, labels, hashes = [back.get(one, one) for one in found.ids], found.labels, content_hashes(found)
+    removed = artifact.removed.tolist()
+    aside = (old if undo else new).absolute()
+    aside = aside.with_name(f"{aside.name}.removed")
+    if undo and removed:
+        missing = [row for row in removed if not (aside / ids[row]).is_file()]
+        if missing:
+            raise InputError(f"images: expected the {len(removed)} removed ones in {aside}, got no {ids[missing[0]]}")
+        names += [ids[row] for row in removed]
+        labels = np.concatenate([labels, artifact.given[removed]])
+        hashes += [file_hash(aside / ids[row]) for row in removed]
     rows = artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
-    _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
-    _check_contents(artifact, found, rows)
-    moves = dict(zip(before, after, strict=True))
-    others = [path.relative_to(old).as_posix() for path in sorted(old.rglob("*")) if path.is_file()]
-    moves |= {one: one for one in others if one not in moves}  # notes, files of other kinds: they stay where they are
+    _ = artifact.revert(labels, names) if undo else artifact.apply(labels, names)
+    _check_contents(artifact, hashes, rows)
+    left = set(removed)
+    moves = {old / here: there for row, (here, there) in enumerate(zip(before, after, strict=True)) if row not in left}
+    gone = {(aside if undo else old) / ids[row]: ids[row] for row in removed}
+    # Notes and files of other kinds stay where they are.
+    others = [path for path in sorted(old.rglob("*")) if path.is_file() and path not in moves and path not in gone]
+    moves |= {path: path.relative_to(old).as_posix() for path in others} | (gone if undo else {})
     if len(set(moves.values())) < len(moves):
         raise InputError(f"images: expected names that are free in {old}, but a file is where an image has to go")
+    folders = [name for name in classes if (old / name).is_dir() or (undo and (aside / name).is_dir())]
+    ready = not undo and bool(gone) and _holds(aside, gone)
     if not dry_run:
-        _copy(old, new, moves, [name for name in classes if (old / name).is_dir()], link)
+        if gone and not undo and not ready:
+            _copy(aside, gone, [], link)
+        _copy(new, moves, folders, link)
     return new
 
 
-def _check_contents(artifact: Artifact, found: Images, rows: NDArray[np.int64]) -> None:
+def _holds(folder: Path, files: dict[Path, str]) -> bool:
+    """Whether a folder has these files, as a killed run leaves it; a folder of anything else is an error."""
+    if not os.path.lexists(folder):
+        return False
+    there = {path for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else set()
+    wanted = {folder / place: path for path, place in files.items()}
+    if there != set(wanted) or any(file_hash(path) != file_hash(wanted[path]) for path in there):
+        raise InputError(f"out: expected {folder} to be free for the removed images, but it holds something else")
+    return True
+
+
+def _check_contents(artifact: Artifact, found: list[str], rows: NDArray[np.int64]) -> None:
     """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
     known = artifact.run["inputs"].get("images", "")
     if not re.fullmatch("[0-9a-f]{64}", known):
         return
     hashes = np.empty(len(rows), dtype=object)
-    hashes[rows] = content_hashes(found)
+    hashes[rows] = found
     labels = [_classes(artifact)[label] for label in artifact.given.tolist()]
     table = csv_bytes({"id": artifact.names, "label": labels, "sha256": hashes.tolist()})
     if hashlib.sha256(table).hexdigest() != known:
         raise WrongBase("images: expected the files that were refined, got some of another content, by their SHA-256")
 
 
-def _copy(old: Path, new: Path, moves: dict[str, str], folders: list[str], link: bool) -> None:
+def _copy(new: Path, moves: dict[Path, str], folders: list[str], link: bool) -> None:
     """Copy or link files and make folders under a name that nothing has, then give the whole its name."""
     parent = new.absolute().parent
     kind = hashlib.sha256(os.fsencode(new.name)).hexdigest()[:16]
@@ -187,9 +220,9 @@ def _copy(old: Path, new: Path, moves: dict[str, str], folders: list[str], link:
                 target = partial / there
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if link:
-                    os.link(os.path.realpath(old / here), target)  # of the file, where a symbolic link leads to it
+                    os.link(os.path.realpath(here), target)  # of the file, where a symbolic link leads to it
                 else:
-                    shutil.copy2(old / here, target)
+                    shutil.copy2(here, target)
             for name in folders:
                 (partial / name).mkdir(exist_ok=True)  # a class that lost all its images
             os.sync()  # the files before the name that says that they are there
@@ -215,6 +248,8 @@ def _write_table(artifact: Artifact, old: Path, new: Path, dry_run: bool, undo: 
         for text, before, after in zip(texts, found.labels.tolist(), labels.tolist(), strict=True)
     ]
     data = with_column(old.read_bytes(), "label", texts)
+    if not undo:
+        write_kept(new, artifact.action[artifact.rows_of(found.ids)] != "remove", dry_run=dry_run)
     if not dry_run:
         with write_atomic(new) as file:
             file.write(data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from synth_refine._io.check import Array, LabelsT, check_array, check_labels, label_tensor, labels_like
 from synth_refine._io.error import WrongBase
-
-if TYPE_CHECKING:
-    from synth_refine.labels.artifact import Artifact
+from synth_refine.labels.artifact import NO_CLASS, Artifact, record
 
 CPU = torch.device("cpu")
 
@@ -30,6 +28,7 @@ class Action(IntEnum):
     KEEP = 0
     CHANGE = 1
     ABSTAIN = 2  # the label stays, but a person should look
+    REMOVE = 3  # the image is left out; a person decides so, no refiner
 
 
 class Reason(IntEnum):
@@ -43,6 +42,7 @@ class Reason(IntEnum):
     NO_GAIN = 5
     WEAK_ENCODER = 6
     MISMATCH = 7
+    NO_CLASS = 8
 
 
 REASONS = (
@@ -54,6 +54,7 @@ REASONS = (
     "changes like this one would not lower the noise",
     "too few synthetic images are classified correctly to trust the features",
     "synthetic images and given labels contradict each other",
+    NO_CLASS,
 )
 """The texts of `Reason`."""
 
@@ -71,6 +72,8 @@ class Refinement:
         ties: Image and class of every score that equals the best one, (K, 2); only images with several best classes.
         num_classes: C.
         given: The labels that the refiner saw, (N,); None for the paper's rule, which sees none.
+        no_class: How likely each image shows none of the classes, (N,) in [0, 1]; None where that is not scored. Images
+            that are proposed for removal have the reason `Reason.NO_CLASS`; they keep their label.
         diagnostics: What only this refiner knows, `PaperDiagnostics` or `AnchoredDiagnostics`.
     """
 
@@ -82,6 +85,7 @@ class Refinement:
     ties: Array = field(repr=False)
     num_classes: int
     given: Array | None = field(default=None, repr=False)
+    no_class: Array | None = field(default=None, repr=False)
     diagnostics: Any = field(default=None, repr=False)
 
     @property
@@ -116,9 +120,10 @@ class Refinement:
         """`Action` codes for given labels, (N,)."""
         old = self._checked(given)
         changed = self._changed(old)
-        abstains = (label_tensor(self.proposed, CPU) != old) & ~changed & ~self._ties_with(old)
+        abstains = (label_tensor(self.proposed, CPU) != old) & ~changed & ~self._ties_with(old) & self._doubted()
+        abstains |= label_tensor(self.reason, CPU) == Reason.NO_CLASS
         actions = torch.full_like(old, int(Action.KEEP))
-        actions[abstains & self._doubted()] = int(Action.ABSTAIN)
+        actions[abstains] = int(Action.ABSTAIN)
         actions[changed] = int(Action.CHANGE)
         return actions.numpy()
 
@@ -141,8 +146,6 @@ class Refinement:
         Raises:
             InputError: As `apply`, or ids that are not unique.
         """
-        from synth_refine.labels.artifact import record
-
         actions = self.actions(given)
         old = label_tensor(given, CPU)
         return record(
@@ -154,6 +157,7 @@ class Refinement:
             confidence=torch.as_tensor(self.confidence).cpu().numpy(),
             margin=torch.as_tensor(self.margin).cpu().numpy(),
             reason=np.array(REASONS)[label_tensor(self.reason, CPU).numpy()],
+            no_class=None if self.no_class is None else torch.as_tensor(self.no_class).cpu().numpy(),
             inputs=inputs,
             settings=settings,
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from synth_refine._io.atomic import locked
 from synth_refine._io.csv import csv_bytes
-from synth_refine.labels.artifact import check_free, run_of, write_files
+from synth_refine.labels.run import check_free, run_of, write_files
 from synth_refine.scale.tables import Shard
 
 COLUMNS = {"row": "id", "given": "old", "refined": "new"} | {
@@ -66,7 +66,7 @@ def write_from_shards(
             file.write(data if number == 0 else data.split(b"\n", 1)[1])
 
     digests = [hashed.hexdigest() for hashed in hashes.values()]
-    run = run_of(num_classes, digests[0], np.dtype("<i8"), count, digests[1], changed, abstained, settings, inputs)
+    run = run_of(num_classes, digests[0], np.dtype("<i8"), count, digests[1], changed, abstained, 0, settings, inputs)
     with locked(root):
         check_free(root, run)
         write_files(root, {"labels.npy": labels, "changes.csv": changes}, run)

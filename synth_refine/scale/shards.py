@@ -31,7 +31,7 @@ from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import Array, InputError, is_auto
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
-from synth_refine.labels.artifact import check_free
+from synth_refine.labels.run import check_free
 from synth_refine.refine import front
 from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.scale.anchored import Anchored, prepare_anchored
