@@ -15,17 +15,14 @@ import uuid
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from numpy.typing import NDArray
-
 from synth_refine._io.atomic import TEMPORARY, locked, sync_folder, write_atomic
 from synth_refine._io.check import InputError, check_folder_name
-from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine._io.csv import check_unique, read_csv
 from synth_refine._io.error import WrongBase
-from synth_refine.images.hashes import content_hashes
+from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.listing import Images
 from synth_refine.images.sources import open_images
-from synth_refine.labels.artifact import Artifact
+from synth_refine.labels.artifact import Artifact, record
 from synth_refine.labels.cells import with_column
 
 MOST_BYTES = 255  # of a name, on almost every disk
@@ -47,7 +44,8 @@ def apply_tree(
         source: The folder or the table that was refined.
         out: The folder or the table to write, which must not exist. It appears whole or not at all. Files of a folder
             that are no images stay where they are. A table goes beside the old one, since the paths in it are relative,
-            and only cells of the column `label` differ.
+            and only cells of the column `label` differ. Images that could not be scored keep their place whatever is
+            in them now, and may be missing.
         link: Hard links instead of copies; whoever edits such a file in place then edits both.
         dry_run: Check everything, write nothing.
 
@@ -145,10 +143,12 @@ def _write(
         before, after = after, before
     back = dict(zip(before, ids, strict=True))
     names = [back.get(one, one) for one in found.ids]
-    rows = artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
-    _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
-    _check_contents(artifact, found, rows)
-    moves = dict(zip(before, after, strict=True))
+    there = _without(artifact, _unscored(artifact) - set(names))
+    there.rows_of(names)  # says which images are too many before it is said that their number is wrong
+    _ = there.revert(found.labels, names) if undo else there.apply(found.labels, names)
+    _check_contents(artifact, found, names)
+    present = set(found.ids)
+    moves = {here: there for here, there in zip(before, after, strict=True) if here in present}
     others = [path.relative_to(old).as_posix() for path in sorted(old.rglob("*")) if path.is_file()]
     moves |= {one: one for one in others if one not in moves}  # notes, files of other kinds: they stay where they are
     if len(set(moves.values())) < len(moves):
@@ -158,16 +158,27 @@ def _write(
     return new
 
 
-def _check_contents(artifact: Artifact, found: Images, rows: NDArray[np.int64]) -> None:
+def _unscored(artifact: Artifact) -> set[str]:
+    """Images without features when they were refined: they may have been mended or taken away since."""
+    return set(artifact.run["settings"].get("unscored", ()))
+
+
+def _without(artifact: Artifact, gone: set[str]) -> Artifact:
+    """An artifact of the other images alone."""
+    rows = [row for row, one in enumerate(artifact.names) if one not in gone]
+    return record(artifact.given[rows], artifact.labels[rows], ids=[artifact.names[row] for row in rows])
+
+
+def _check_contents(artifact: Artifact, found: Images, names: list[str]) -> None:
     """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
-    known = artifact.run["inputs"].get("images", "")
+    known = artifact.run["inputs"].get("scored_images", "")
     if not re.fullmatch("[0-9a-f]{64}", known):
         return
-    hashes = np.empty(len(rows), dtype=object)
-    hashes[rows] = content_hashes(found)
-    labels = [_classes(artifact)[label] for label in artifact.given.tolist()]
-    table = csv_bytes({"id": artifact.names, "label": labels, "sha256": hashes.tolist()})
-    if hashlib.sha256(table).hexdigest() != known:
+    hashes = dict(zip(names, content_hashes(found), strict=True))
+    rows = [row for row, one in enumerate(artifact.names) if one not in _unscored(artifact)]
+    ids = [artifact.names[row] for row in rows]
+    labels = [_classes(artifact)[artifact.given[row]] for row in rows]
+    if hashlib.sha256(image_table(ids, labels, [hashes[one] for one in ids])).hexdigest() != known:
         raise WrongBase("images: expected the files that were refined, got some of another content, by their SHA-256")
 
 
