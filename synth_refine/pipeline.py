@@ -263,9 +263,9 @@ def refined(
     )
     known = {**recorded(settings, "run", result), "encoder": settings.encoder, "source": images.kind}
     known["classes"] = list(images.classes)
-    rows = np.flatnonzero(np.asarray(result.proposed) >= 0)
-    ids, labels, hashes = ([one[row] for row in rows] for one in (images.ids, images.labels, real.hashes))
-    scored = image_table(ids, [images.classes[label] for label in labels], hashes)
+    texts = [images.classes[label] for label in images.labels]
+    rows = np.flatnonzero(np.asarray(result.proposed) >= 0).tolist()
+    scored = image_table(*([one[row] for row in rows] for one in (images.ids, texts, real.hashes)))
     inputs = {**inputs, "scored_images": sha256(scored).hexdigest()}  # what `apply` compares
     return result, result.record(images.labels, ids=images.ids, inputs=inputs, settings=known)
 

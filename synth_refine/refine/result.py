@@ -145,8 +145,8 @@ class Refinement:
 
         actions = self.actions(given)
         old = label_tensor(given, CPU)
-        rows = np.flatnonzero(label_tensor(self.proposed, CPU).numpy() < 0)
-        if ids is not None and rows.size:  # so that `apply` does without them
+        rows = np.flatnonzero(label_tensor(self.proposed, CPU).numpy() < 0).tolist()
+        if ids is not None and rows:  # so that `apply` does without them
             settings = {**(settings or {}), "unscored": [str(ids[row]) for row in rows]}
         return record(
             given,
