@@ -38,7 +38,7 @@ from synth_refine._io.store import Store, check_settings, open_store
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
-from synth_refine.images.hashes import content_hashes
+from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.listing import Images, read_classes
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
@@ -92,6 +92,7 @@ class Embedded:
 
     images: Images
     features: NDArray[np.float32]  # (N, D), NaN where an image could not be decoded
+    hashes: list[str]  # the SHA-256 of every file
     bad: dict[int, str] = field(default_factory=dict)  # why it could not, by row
 
     @property
@@ -212,7 +213,7 @@ def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings
     keep_input(store, f"{name}.csv", images, hashes)
     options = work_of(settings) | {"hashes": hashes, "progress": f"embedding {name}"}
     features, bad = embed_images(encoder, images, store.root / "features", **options)
-    return Embedded(images, features, bad)
+    return Embedded(images, features, hashes, bad)
 
 
 def work_of(settings: Settings) -> dict[str, Any]:
@@ -223,8 +224,7 @@ def work_of(settings: Settings) -> dict[str, Any]:
 
 def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> None:
     """Write down which images a run began with, or refuse others: what was applied could not be reverted."""
-    names = [images.classes[label] for label in images.labels]
-    data = csv_bytes({"id": images.ids, "label": names, "sha256": hashes})
+    data = image_table(images.ids, [images.classes[label] for label in images.labels], hashes)
     before = store.entries.get(name)
     if before is not None and before["sha256"] != sha256(data).hexdigest():
         raise InputError(
@@ -263,6 +263,10 @@ def refined(
     )
     known = {**recorded(settings, "run", result), "encoder": settings.encoder, "source": images.kind}
     known["classes"] = list(images.classes)
+    texts = [images.classes[label] for label in images.labels]
+    rows = np.flatnonzero(np.asarray(result.proposed) >= 0).tolist()
+    scored = image_table(*([one[row] for row in rows] for one in (images.ids, texts, real.hashes)))
+    inputs = {**inputs, "scored_images": sha256(scored).hexdigest()}  # what `apply` compares
     return result, result.record(images.labels, ids=images.ids, inputs=inputs, settings=known)
 
 

@@ -236,6 +236,12 @@ def test_cleanlab_gets_a_table_of_issues(tmp_path: Path) -> None:
     assert table["predicted_label"].tolist() == [0, 0, 1]
 
 
+def test_a_folder_whose_name_looks_like_a_formula_keeps_it(tmp_path: Path) -> None:
+    """Hugging Face opens the files of the table as they are written there."""
+    export(SOME[:2], "imagefolder", tmp_path / "metadata.csv", ids=["-zero/1.png", "=x/2.png"])
+    assert read_back("imagefolder", tmp_path / "metadata.csv") == ([3, 1], ["-zero/1.png", "=x/2.png"])
+
+
 def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     assert export(SOME, "csv", tmp_path / "a.csv", dry_run=True).count == 5
     with pytest.raises(WrongLength):

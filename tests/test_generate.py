@@ -1,6 +1,8 @@
-"""Rendered glyphs: what comes back, what an image depends on, and bad input."""
+"""Rendered glyphs: what comes back, what an image depends on, and bad input; class names in folders of them."""
 
 import builtins
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from numpy.testing import assert_array_equal
 from torch.nn import functional as F
 
 from synth_refine import InputError
+from synth_refine.images.sources import open_images
 from synth_refine.synthetic import glyphs
+from synth_refine.synthetic.generate import generate_images
 from synth_refine.synthetic.glyphs import render_glyphs
 
 pytest.importorskip("matplotlib")
@@ -63,6 +67,26 @@ def test_less_detail_is_smoother() -> None:
 def test_fonts_that_lack_the_sign_or_show_another_are_not_used() -> None:
     assert not {path.name for path in glyphs._fonts_with("5")} & glyphs.OTHER_SIGNS
     assert 0 < len(glyphs._fonts_with("☃")) < len(glyphs._fonts_with("5"))
+
+
+def test_class_names_that_no_folder_can_have_get_one_and_a_table_that_is_kept(tmp_path: Path) -> None:
+    """As in Fashion-MNIST, "T - shirt / top"; whoever reads the folder gets the names back."""
+    names = ["T - shirt / top", "T - shirt _ top", "..", ".x", "x" * 300, "x" * 299, "@eaDir", "-zero"]
+    classes = {name: str(number) for number, name in enumerate(names)}
+    generate_images(tmp_path / "drawn", classes, glyphs.Glyphs(8), per_class=1)
+    generate_images(tmp_path / "drawn", classes, glyphs.Glyphs(8), per_class=1)  # finished, and found so
+    images = open_images(tmp_path / "drawn", names)
+    assert sorted(images.labels.tolist()) == list(range(8))
+    manifest = [json.loads(line) for line in (tmp_path / "drawn" / "manifest.jsonl").read_text().splitlines()]
+    found = {one: names[label] for one, label in zip(images.ids, images.labels.tolist(), strict=True)}
+    assert found == {entry["file"]: entry["class"] for entry in manifest}
+    assert {one.split("/")[0] for one in found} > {"T - shirt _ top", "-zero"}
+    assert set(open_images(tmp_path / "drawn").classes) == set(names)
+    generate_images(tmp_path / "plain", ["a", "b"], glyphs.Glyphs(8), per_class=1)
+    assert not list((tmp_path / "plain").glob("*.csv"))
+    (tmp_path / "plain" / "class_folders.csv").write_text("folder,class\na,x\nb,x\n")
+    with pytest.raises(InputError, match="images: class in .*: expected every id once, got 'x' 2 times"):
+        open_images(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

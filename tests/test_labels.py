@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from synth_refine import InputError
 from synth_refine._io.atomic import write_atomic
+from synth_refine.cli import main
+from synth_refine.labels.artifact import read_artifact, record, write_artifact
 from synth_refine.labels.files import noise_rate, read_labels, read_labels_and_ids, transition_matrix, write_labels
+from synth_refine.labels.review import reviewed
 
 LABELS = st.lists(st.integers(0, 2**31 - 1), max_size=50)
 # A file name can hold anything but a zero byte and, on disk, half a surrogate pair.
@@ -71,6 +74,29 @@ def test_csv_of_others_is_read(tmp_path: Path, text: str) -> None:
     labels, ids = read_labels_and_ids(tmp_path / "labels.csv")
     assert labels.tolist() == [1, 0]
     assert ids == ["a", "b"]
+
+
+def test_blank_rows_are_left_out_at_the_end_and_named_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_artifact("refined", record(np.array([0, 1]), np.array([1, 1]), ids=["a", "b"]))
+    for end in ("\n", "\n\n", ",\n,\n"):
+        Path("a.csv").write_text(f"id,label\na,0\nb,1\n{end}")
+        assert read_labels_and_ids("a.csv")[1] == ["a", "b"]
+        Path("new.csv").unlink(missing_ok=True)
+        assert main(["apply", "refined", "--given", "a.csv", "--out", "new.csv"]) == 0
+        assert Path("new.csv").read_text() == f"id,label\na,1\nb,1\n{end}"
+    for blank in ("\n", ",\n"):
+        Path("a.csv").write_text(f"id,label\na,0\n{blank}b,1\n")
+        with pytest.raises(InputError, match=r"labels: row 3 of a\.csv is blank; delete it"):
+            read_labels_and_ids("a.csv")
+    text = "id,given,decision,label\na,0,accept,1\n"
+    Path("decisions.csv").write_text(text + ",,,\n\n")
+    assert reviewed(read_artifact("refined"), "decisions.csv").labels.tolist() == [1, 1]
+    Path("decisions.csv").write_text(text.replace(",", ";"))
+    with pytest.raises(InputError, match="decisions: expected commas between the cells of .*, got ';'; save"):
+        reviewed(read_artifact("refined"), "decisions.csv")
 
 
 def test_csv_without_ids_has_none(tmp_path: Path) -> None:

@@ -151,6 +151,16 @@ def test_bad_images_keep_their_label_and_are_listed(source: Path, monkeypatch: p
         table = read_csv("bad", source / refiner / "bad.csv")
         assert (table["set"], table["id"]) == (["images"], ["A/bad.png"])
         assert "an HTML page" in table["reason"][0]
+    kept = content(source / "photos")
+    for name, data in (("mended", (source / "photos" / "A" / "000-0.png").read_bytes()), ("gone", None)):
+        bad = source / "photos" / "A" / "bad.png"
+        bad.unlink() if data is None else bad.write_bytes(data)
+        before = content(source / "photos")
+        assert before != kept
+        assert cli.main(["apply", "anchored/refined", "--images", "photos", "--out", name]) == 0
+        assert content(source / name).get("A/bad.png") == data
+        assert cli.main(["revert", "anchored/refined", "--images", name, "--out", f"{name}-back"]) == 0
+        assert content(source / f"{name}-back") == before
 
 
 def test_a_saved_config_runs_again_and_options_come_first(

@@ -293,8 +293,6 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"classes": []}, "classes: expected at least one, got none"),
-        ({"classes": ["../up"]}, "classes: expected names that a folder can have, got '../up'"),
-        ({"classes": ["x" * 256]}, "classes: expected names of at most 255 bytes, as folders have, got 256"),
         ({"templates": ["a photo"]}, "templates: expected {category} where the class goes, got 'a photo'"),
         ({"templates": []}, r"templates: expected a list of at least one prompt, got \[\]"),
         ({"templates": "{category}"}, "templates: expected a list of at least one prompt, got '{category}'"),

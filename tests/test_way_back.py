@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from synth_refine import InputError
 from synth_refine._io.atomic import TEMPORARY, locked
-from synth_refine._io.csv import csv_bytes
 from synth_refine.cli import main
-from synth_refine.images.hashes import content_hashes
+from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, WrongBase, read_artifact, record, write_artifact
 from synth_refine.labels.cells import with_column
@@ -148,8 +147,8 @@ def test_of_two_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pytest.Monke
 def test_images_of_another_content_are_refused(tmp_path: Path) -> None:
     ids = photos(tmp_path / "old")
     found = open_images(tmp_path / "old", CLASSES)
-    table = csv_bytes({"id": found.ids, "label": ["cat", "cat", "dog"], "sha256": content_hashes(found)})
-    artifact = artifact_of(ids, [0, 0, 1], [1, 0, 1], images=hashlib.sha256(table).hexdigest())
+    table = image_table(found.ids, ["cat", "cat", "dog"], content_hashes(found))
+    artifact = artifact_of(ids, [0, 0, 1], [1, 0, 1], scored_images=hashlib.sha256(table).hexdigest())
     apply_tree(artifact, tmp_path / "old", tmp_path / "new")
     revert_tree(artifact, tmp_path / "new", tmp_path / "back")
     assert content(tmp_path / "back") == content(tmp_path / "old")

@@ -45,23 +45,30 @@ def read_csv(name: str, path: str | os.PathLike[str]) -> dict[str, list[str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{name}: {path} is no UTF-8 table: {error}") from error
     header, *rows = rows
-    while rows and not rows[-1]:  # blank lines at the end
+    while rows and is_blank(rows[-1]):  # at the end
         rows.pop()
     if len(header) == 1 and (sign := next((one for one in ";\t|" if one in header[0]), None)):
         raise InputError(f"{name}: expected commas between the cells of {path}, got {sign!r}; save it with commas")
     if len(set(header)) != len(header):
         raise InputError(f"{name}: expected every column once in {path}, got {', '.join(header)}")
     for number, row in enumerate(rows, 2):
+        if is_blank(row):
+            raise InputError(f"{name}: row {number} of {path} is blank; delete it")
         if len(row) != len(header):
             raise InputError(f"{name}: expected {len(header)} cells in row {number} of {path}, got {len(row)}")
     return {column: [_unescape(row[place]) for row in rows] for place, column in enumerate(header)}
 
 
-def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:
+def is_blank(row: Sequence[str]) -> bool:
+    """Whether a row of a table is an empty line, or cells without content as spreadsheets leave them."""
+    return not any(row) and len(row) != 1
+
+
+def csv_bytes(columns: Mapping[str, Iterable[object]], *, guarded: bool = True) -> bytes:
     """Columns of equal length as a .csv file that a spreadsheet runs nothing of; `read_csv` reads it back.
 
     A text that begins with = + - @ (or with a tab, a carriage return or an apostrophe) gets an apostrophe before it,
-    and NaN is an empty cell.
+    unless the file is not `guarded`, and NaN is an empty cell.
 
     Raises:
         InputError: A text that UTF-8 cannot write.
@@ -70,7 +77,7 @@ def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:
     # Every text is quoted: before Python 3.13 a lone carriage return would otherwise stand bare and split the row.
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     table.writerow(columns)
-    table.writerows([_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True))
+    table.writerows([_cell(cell, guarded) for cell in row] for row in zip(*columns.values(), strict=True))
     try:
         return text.getvalue().encode()
     except UnicodeEncodeError as error:
@@ -78,9 +85,9 @@ def csv_bytes(columns: Mapping[str, Iterable[object]]) -> bytes:
         raise InputError(f"ids: expected text that UTF-8 can write, got the character {shown!r}") from error
 
 
-def _cell(value: object) -> object:
+def _cell(value: object, guarded: bool) -> object:
     if isinstance(value, str):
-        return f"'{value}" if value.startswith((*FORMULA, "'")) else value
+        return f"'{value}" if guarded and value.startswith((*FORMULA, "'")) else value
     return "" if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from synth_refine._io.check import InputError
+from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine.images.listing import Images
 from synth_refine.images.readers import ParquetRows, Reader, part_of
@@ -72,6 +73,11 @@ def content_hashes(
                     raise InputError(f"engine: {images.ids[row]} cannot be read on node {node}")
             bar.update(len(rows))
     return found
+
+
+def image_table(ids: Sequence[str], labels: Sequence[str], hashes: Sequence[str]) -> bytes:
+    """Images with the names of their classes and the SHA-256 of their files, (N,) each, as the .csv file of a run."""
+    return csv_bytes({"id": ids, "label": labels, "sha256": hashes})
 
 
 def _hashes(read: Reader, count: int, threads: int) -> Iterator[str]:

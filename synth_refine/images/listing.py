@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from synth_refine._io.check import InputError, check_folder_name
+from synth_refine._io.check import InputError
 from synth_refine._io.csv import check_unique
 from synth_refine._io.order import natural_key
 from synth_refine._io.untrusted import read_yaml
@@ -142,6 +142,4 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, str]:
                 raise InputError(f"classes: expected text in {path}, got {str(part)[:80]!r}")
     names = [name for name, _ in pairs]
     check_unique(f"classes in {path}", names)
-    for name in names:
-        check_folder_name(f"classes in {path}", name)
     return dict(pairs)

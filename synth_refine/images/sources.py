@@ -15,6 +15,7 @@ import numpy as np
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import check_unique, read_csv
 from synth_refine._io.order import natural_key
+from synth_refine.images.class_folders import class_by_folder, is_system
 from synth_refine.images.decode import SUFFIXES
 from synth_refine.images.listing import Images, alike, named, numbers
 from synth_refine.images.packed import hub, parquet, webdataset
@@ -22,9 +23,6 @@ from synth_refine.images.readers import Files
 
 CIFAKE_NAME = re.compile(r"\d+(?: \((\d+)\))?")
 """CIFAKE numbers its classes in the file names: "1000.jpg" is of the first class, "1000 (2).jpg" of the second."""
-
-SYSTEM = {"@eaDir", "$RECYCLE.BIN", "__MACOSX", "System Volume Information", "lost+found", "Thumbs.db"}
-"""What systems leave in folders, besides hidden files."""
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![A-Za-z])")
@@ -67,7 +65,7 @@ def open_images(source: Any, classes: Sequence[str] | None = None, *, image: str
         raise InputError(f"images: expected a folder, .csv, .tar or .parquet, got {found}: {place}")
     if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
         return hub(place, classes, image, label)
-    inside = sorted((path for path in place.iterdir() if not _is_system(path.name)), key=natural_key)
+    inside = sorted((path for path in place.iterdir() if not is_system(path.name)), key=natural_key)
     for kind, read in PACKED.items():
         if shards := [path for path in inside if path.suffix == kind]:
             if folder := next((path for path in inside if path.is_dir()), None):
@@ -77,10 +75,6 @@ def open_images(source: Any, classes: Sequence[str] | None = None, *, image: str
                 )
             return read(_of_one_split(place, shards), classes, image, label)
     return _folder(place, inside, classes)
-
-
-def _is_system(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -120,7 +114,7 @@ def _folder(place: Path, inside: list[Path], classes: Sequence[str] | None) -> I
         # Its numbered copies; else these are two classes of somebody's own.
         return _folder(folders[0], sorted(folders[0].iterdir(), key=natural_key), classes)
     if names and {name.lower() for name in names} <= SPLITS and not set(names) <= set(classes or ()):
-        deep = any(path.is_dir() and not _is_system(path.name) for folder in folders for path in folder.iterdir())
+        deep = any(path.is_dir() and not is_system(path.name) for folder in folders for path in folder.iterdir())
         if len(names) > 1 or deep:
             raise InputError(
                 f"images: expected one split, got {', '.join(names)} in {place}; name its folder, such as {folders[0]}"
@@ -136,11 +130,12 @@ def _folder(place: Path, inside: list[Path], classes: Sequence[str] | None) -> I
         raise InputError(
             "; ".join([f"images: expected a folder of images per class in {place}, got no image", *scan.notes])
         )
-    ids, texts = [one for one, _ in pairs], [name for _, name in pairs]
+    class_of = class_by_folder(place)
+    ids, texts = [one for one, _ in pairs], [class_of.get(name, name) for _, name in pairs]
     known = tuple(classes) if classes is not None else tuple(sorted(set(texts), key=natural_key))
     labels = numbers(texts, known, place)
     scan.count["system and hidden folders and files"].extend(
-        path.name for path in place.iterdir() if _is_system(path.name) and path.is_dir()
+        path.name for path in place.iterdir() if is_system(path.name) and path.is_dir()
     )
     return Images(ids, labels, known, Files([place / one for one in ids]), "folder", (*scan.notes, *alike(known)))
 
@@ -161,10 +156,10 @@ class _Scan:
 
         for root, below, files in os.walk(folder, onerror=fail):
             self.count[links] += [name for name in below if os.path.islink(os.path.join(root, name))]
-            self.count[system] += [name for name in (*below, *files) if _is_system(name)]
-            below[:] = [name for name in below if not _is_system(name)]
+            self.count[system] += [name for name in (*below, *files) if is_system(name)]
+            below[:] = [name for name in below if not is_system(name)]
             for name in files:
-                if _is_system(name):
+                if is_system(name):
                     continue
                 if Path(name).suffix.lower() in SUFFIXES:
                     found.append(Path(root, name).relative_to(place).as_posix())

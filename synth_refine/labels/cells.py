@@ -41,6 +41,8 @@ def with_column(table: bytes, column: str, cells: Sequence[str]) -> bytes:
     plain = [[_text(raw) for raw, _ in row] for row in rows]
     if plain != [row or [""] for row in csv.reader(io.StringIO(text, newline=""), strict=True)]:
         raise InputError("table: expected cells that are quoted in the usual way")
+    while len(plain) - 1 > len(cells) and not any(plain[-1]):  # blank lines at the end
+        plain.pop()
     if column not in plain[0] or len(plain) - 1 != len(cells):
         raise InputError(f"table: expected the column {column} and {len(cells)} rows, got {len(plain) - 1}")
     number = plain[0].index(column)

@@ -137,7 +137,7 @@ def _csv(rows: Rows) -> bytes:
 
 
 def _imagefolder(rows: Rows) -> bytes:
-    return csv_bytes({"file_name": rows.named(), "label": rows.labels.tolist()})
+    return csv_bytes({"file_name": rows.named(), "label": rows.labels.tolist()}, guarded=False)  # opened as they are
 
 
 def _parquet(rows: Rows) -> bytes:

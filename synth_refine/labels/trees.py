@@ -19,15 +19,14 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from numpy.typing import NDArray
 
 from synth_refine._io.atomic import TEMPORARY, file_hash, locked, sync_folder, write_atomic
 from synth_refine._io.check import InputError, check_folder_name
-from synth_refine._io.csv import check_unique, csv_bytes, read_csv
+from synth_refine._io.csv import check_unique, read_csv
 from synth_refine._io.error import WrongBase
-from synth_refine.images.hashes import content_hashes
+from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.sources import open_images
-from synth_refine.labels.artifact import Artifact
+from synth_refine.labels.artifact import Artifact, record
 from synth_refine.labels.cells import with_column
 from synth_refine.labels.kept import write_kept
 
@@ -50,7 +49,8 @@ def apply_tree(
         source: The folder or the table that was refined.
         out: The folder or the table to write, which must not exist. It appears whole or not at all. Files of a folder
             that are no images stay where they are. Removed images go to the folder `out`.removed instead. A table goes
-            beside the old one, since the paths in it are relative, and only cells of the column `label` differ.
+            beside the old one, since the paths in it are relative, and only cells of the column `label` differ. Images
+            that could not be scored keep their place whatever is in them now, and may be missing.
         link: Hard links instead of copies; whoever edits such a file in place then edits both.
         dry_run: Check everything, write nothing.
 
@@ -150,21 +150,26 @@ def _write(
         before, after = after, before
     back = dict(zip(before, ids, strict=True))
     names, labels, hashes = [back.get(one, one) for one in found.ids], found.labels, content_hashes(found)
-    removed = artifact.removed.tolist()
+    unscored, present = _unscored(artifact), set(names)
+    removed = [row for row in artifact.removed.tolist() if undo or ids[row] in present]
     aside = (old if undo else new).absolute()
     aside = aside.with_name(f"{aside.name}.removed")
     if undo and removed:
-        missing = [row for row in removed if not (aside / ids[row]).is_file()]
-        if missing:
-            raise InputError(f"images: expected the {len(removed)} removed ones in {aside}, got no {ids[missing[0]]}")
+        missing = [ids[row] for row in removed if not (aside / ids[row]).is_file()]
+        lost = [one for one in missing if one not in unscored]
+        if lost:
+            raise InputError(f"images: expected the {len(removed)} removed ones in {aside}, got no {lost[0]}")
+        removed = [row for row in removed if ids[row] not in missing]
         names += [ids[row] for row in removed]
         labels = np.concatenate([labels, artifact.given[removed]])
         hashes += [file_hash(aside / ids[row]) for row in removed]
-    rows = artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
-    _ = artifact.revert(labels, names) if undo else artifact.apply(labels, names)
-    _check_contents(artifact, hashes, rows)
-    left = set(removed)
-    moves = {old / here: there for row, (here, there) in enumerate(zip(before, after, strict=True)) if row not in left}
+    expected = _without(artifact, unscored - set(names))
+    expected.rows_of(names)  # says which images are too many before it is said that their number is wrong
+    _ = expected.revert(labels, names) if undo else expected.apply(labels, names)
+    _check_contents(artifact, dict(zip(names, hashes, strict=True)))
+    left, present = set(removed), set(found.ids)
+    pairs = enumerate(zip(before, after, strict=True))
+    moves = {old / here: there for row, (here, there) in pairs if row not in left and here in present}
     gone = {(aside if undo else old) / ids[row]: ids[row] for row in removed}
     # Notes and files of other kinds stay where they are.
     others = [path for path in sorted(old.rglob("*")) if path.is_file() and path not in moves and path not in gone]
@@ -191,16 +196,27 @@ def _holds(folder: Path, files: dict[Path, str]) -> bool:
     return True
 
 
-def _check_contents(artifact: Artifact, found: list[str], rows: NDArray[np.int64]) -> None:
+def _unscored(artifact: Artifact) -> set[str]:
+    """Images without features when they were refined: they may have been mended or taken away since."""
+    return set(artifact.run["settings"].get("unscored", ()))
+
+
+def _without(artifact: Artifact, gone: set[str]) -> Artifact:
+    """An artifact of the other images alone."""
+    rows = [row for row, one in enumerate(artifact.names) if one not in gone]
+    return record(artifact.given[rows], artifact.labels[rows], ids=[artifact.names[row] for row in rows])
+
+
+def _check_contents(artifact: Artifact, hashes: dict[str, str]) -> None:
     """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
-    known = artifact.run["inputs"].get("images", "")
+    known = artifact.run["inputs"].get("scored_images", "")
     if not re.fullmatch("[0-9a-f]{64}", known):
         return
-    hashes = np.empty(len(rows), dtype=object)
-    hashes[rows] = found
-    labels = [_classes(artifact)[label] for label in artifact.given.tolist()]
-    table = csv_bytes({"id": artifact.names, "label": labels, "sha256": hashes.tolist()})
-    if hashlib.sha256(table).hexdigest() != known:
+    unscored = _unscored(artifact)
+    rows = [row for row, one in enumerate(artifact.names) if one not in unscored]
+    ids = [artifact.names[row] for row in rows]
+    labels = [_classes(artifact)[artifact.given[row]] for row in rows]
+    if hashlib.sha256(image_table(ids, labels, [hashes[one] for one in ids])).hexdigest() != known:
         raise WrongBase("images: expected the files that were refined, got some of another content, by their SHA-256")
 
 

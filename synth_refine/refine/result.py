@@ -141,13 +141,16 @@ class Refinement:
             given: Given labels, (N,) integers.
             ids: One unique id per row.
             inputs: Hashes or names of the data, the encoder and the synthetic images.
-            settings: Refiner, threshold, seed and the like.
+            settings: Refiner, threshold, seed and the like; the ids of images that cannot be scored are added.
 
         Raises:
             InputError: As `apply`, or ids that are not unique.
         """
         actions = self.actions(given)
         old = label_tensor(given, CPU)
+        rows = np.flatnonzero(label_tensor(self.proposed, CPU).numpy() < 0).tolist()
+        if ids is not None and rows:  # so that `apply` does without them
+            settings = {**(settings or {}), "unscored": [str(ids[row]) for row in rows]}
         return record(
             given,
             torch.where(self._changed(old), label_tensor(self.proposed, CPU), old),

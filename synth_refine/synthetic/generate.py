@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from synth_refine._io.check import InputError, check_folder_name
-from synth_refine._io.store import Store, open_store
+from synth_refine._io.check import InputError
+from synth_refine._io.store import Store, open_store, write_file
+from synth_refine.images.class_folders import TABLE, folder_table, folders_of
 from synth_refine.images.decode import SUFFIXES
 from synth_refine.synthetic.glyphs import Glyphs, _check_least
 from synth_refine.synthetic.jobs import TEMPLATES, Generator, Job, check_templates
@@ -67,6 +68,8 @@ def generate_images(
 ) -> Path:
     """Fill a folder with one folder of images per class, and a manifest.
 
+    Where a class has a name that no folder can have, `class_folders.csv` says which folder is its.
+
     Killed or out of disk space at any moment, it resumes to the same files when called again. Started by `accelerate
     launch` or `torchrun` on several GPUs, each process generates its share.
 
@@ -91,10 +94,11 @@ def generate_images(
     if not categories:
         raise InputError("classes: expected at least one, got none")
     check_templates(templates)
-    for name in categories:
-        check_folder_name("classes", name)
+    folders = folders_of(list(categories))
     jobs = [
-        Job(label, index, seed, name, text, templates[index % len(templates)].replace("{category}", text))
+        Job(
+            label, index, seed, name, text, templates[index % len(templates)].replace("{category}", text), folders[name]
+        )
         for label, (name, text) in enumerate(categories.items())
         for index in range(per_class)
     ]
@@ -105,6 +109,8 @@ def generate_images(
         if share.first:
             store = opened.enter_context(open_store(root, settings, name="folder"))
             _check_alone(root, jobs)
+            if names := folder_table(folders):
+                write_file(root / TABLE, names)
         share.wait()
         if not share.first:
             store = opened.enter_context(open_store(root, settings, part=share.number))

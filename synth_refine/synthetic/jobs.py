@@ -32,9 +32,10 @@ class Job:
         label: Number of the class.
         index: Number of the image in it.
         run_seed: Seed of the whole set.
-        name: Name of the class, and of its folder.
+        name: Name of the class.
         category: What prompts call it.
         prompt: The template with the category in it.
+        folder: Name of its folder; by default that of the class.
     """
 
     label: int
@@ -43,11 +44,12 @@ class Job:
     name: str
     category: str
     prompt: str
+    folder: str = ""
 
     @property
     def file(self) -> str:
         """Where the image goes, relative to the folder of the set."""
-        return f"{self.name}/{self.index:05d}.png"
+        return f"{self.folder or self.name}/{self.index:05d}.png"
 
     @property
     def seed(self) -> int:
