@@ -58,8 +58,8 @@ def anchored_soft(evidence: Evidence) -> Tensor:
     assert isinstance(about, AnchoredDiagnostics)
     soft = F.one_hot(evidence.given, evidence.num_classes).float()
     if about.posteriors is not None:
-        rows, posteriors = about.posteriors()
-        soft[rows] = posteriors.float()
+        for rows, posteriors in about.posteriors():
+            soft[rows] = posteriors.float()
     return soft
 
 

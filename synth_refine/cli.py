@@ -73,7 +73,8 @@ EXAMPLES = {
   synth-refine verify refined
   synth-refine verify refined --labels labels.npy""",
     "report": """
-  synth-refine report result""",
+  synth-refine report result
+  synth-refine report result --single-file""",
     "env": """
   synth-refine env""",
 }
@@ -220,6 +221,16 @@ def _parser() -> ArgumentParser:
 
     report = command("report", "draw the page of a run again")
     report.add_argument("folder", help="what `run` wrote")
+    report.add_argument(
+        "--single-file", action="store_true", help="put all pictures into report.html, so that it can be sent alone"
+    )
+    report.add_argument(
+        "--audit",
+        type=int,
+        default=50,
+        metavar="N",
+        help="changes, and kept labels, of the random sample (%(default)s)",
+    )
     command("env", "show the versions that numbers depend on, as JSON")
     for one in (run, report):
         one.add_argument("--json", action="store_true", help="the result as JSON on stdout")

@@ -84,7 +84,8 @@ def _announced(settings: Settings) -> Settings:
 
 def _report(options: Namespace) -> int:
     config = str(Path(options.folder) / "config.yaml")
-    _tell(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config)))
+    form = {"single_file": options.single_file, "audit": options.audit, "say": _say}
+    _tell(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config), **form))
     return FINE
 
 
@@ -178,7 +179,8 @@ def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estima
     check_free(options.out, artifact.run)
     if not options.dry_run:
         write_artifact(options.out, artifact)
-    known = {name: one and one.value for name, one in estimates.items()}
+    known: dict[str, object] = {name: one and one.value for name, one in estimates.items()}
+    known |= {"audit": artifact.run["audit"]} if "audit" in artifact.run else {}
     _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
     return FINE
 
@@ -213,7 +215,16 @@ def _scale(options: Namespace) -> int:
 
 def _review(options: Namespace) -> int:
     check_folder("out", options.out)
-    return _keep(options, reviewed(read_artifact(options.artifact), options.decisions), {})
+    made = reviewed(read_artifact(options.artifact), options.decisions)
+    if (found := made.run.get("audit")) is not None:
+        for name, text in (("before", "as given"), ("proposed", "with every proposal"), ("after", "after this review")):
+            share = "not known: answer some of both kinds" if found[name] is None else _interval(*found[name])
+            _say(f"audit: wrong labels {text}: {share}")
+    return _keep(options, made, {})
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} ({low:.1%} to {high:.1%} at 95 %)"
 
 
 def _apply(options: Namespace) -> int:

@@ -49,7 +49,7 @@ from synth_refine.refine.result import Refinement
 from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.review import evidence as page
 from synth_refine.review.charts import Review
-from synth_refine.review.report import page_rows, write_report
+from synth_refine.review.report import write_report
 from synth_refine.settings import RESUMABLE, Settings, resolved
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
@@ -315,31 +315,35 @@ def evidence_of(
     usable, known = synthetic.usable, result.diagnostics
     reference: NDArray[Any] = synthetic.features[usable]
     intended: NDArray[Any] = synthetic.images.labels[usable]
-    rows = page_rows(artifact)
+    shown = page.shown_rows(artifact, result.proposed, getattr(known, "posteriors", None))
     limits = np.asarray(known.thresholds, dtype=np.float64).ravel()
     return page.Evidence(
-        rows=rows,
-        nearest=page.nearest_synthetic(real.features, rows, reference),
+        **shown,
+        nearest=page.nearest_synthetic(real.features, shown["rows"], reference),
         synthetic_labels=intended,
         synthetic_ids=[synthetic.images.ids[row] for row in usable],
         threshold=limits[np.isfinite(limits)].tolist() or None,
         sweep=[page.taken_from(page.SweepRow, row) for row in getattr(known, "sweep", ())],
         quality=page.taken_from(page.Quality, prototype_quality(reference, intended, len(real.images.classes))),
         notes={name: text for name, text in summary.lines().items() if name in NOTES},
+        findings=page.unreadable(*((one.images.ids, one.bad) for one in (real, synthetic))),
     )
 
 
-def draw_page(out: Path, artifact: Artifact, evidence: page.Evidence, images: Images, synthetic: Images) -> None:
+def draw_page(
+    out: Path, artifact: Artifact, evidence: page.Evidence, images: Images, synthetic: Images, **form: Any
+) -> None:
     """Write the page of a run."""
     row_of = {one: row for row, one in enumerate(synthetic.ids)}
     if artifact.ids != images.ids or not set(evidence.synthetic_ids) <= set(row_of):
         raise InputError(f"images: expected those of the run in {out}, got others")
     rows = [row_of[one] for one in evidence.synthetic_ids]
-    write_report(Review(artifact, evidence, images.image, lambda row: synthetic.image(rows[row])), out / "report")
+    review = Review(artifact, evidence, images.image, lambda row: synthetic.image(rows[row]), folder=images.folder)
+    write_report(review, out / "report", **form)
 
 
-def redraw(settings: Settings) -> Summary:
-    """Draw the page of a finished run again, from what the run left; nothing is computed, nothing else is replaced.
+def redraw(settings: Settings, **form: Any) -> Summary:
+    """Draw the page of a finished run again, from what the run left, with options of `write_report`.
 
     Raises:
         InputError: The folder holds no finished run, or its images are other ones now.
@@ -354,7 +358,7 @@ def redraw(settings: Settings) -> Summary:
         artifact = read_artifact(out / "refined")
         images = open_images(settings.images, artifact.classes, **settings.columns)
         synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
-        draw_page(out, artifact, evidence, images, synthetic)
+        draw_page(out, artifact, evidence, images, synthetic, **form)
     estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
     return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 

@@ -144,7 +144,7 @@ def test_callers_arrays_are_left_alone_and_may_be_read_only():
 
 def test_confidence_and_margin_are_those_of_the_posterior():
     one, result = solved(noise=0.4)
-    rows, posterior = result.diagnostics.posteriors()
+    rows, posterior = (torch.cat(parts) for parts in zip(*result.diagnostics.posteriors(), strict=True))
     table = posterior.numpy()[rows.argsort().numpy()]
     np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-4)
     np.testing.assert_array_equal(result.proposed, table.argmax(axis=1))

@@ -9,6 +9,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from synth_refine._io.csv import check_unique
 from synth_refine._io.order import natural_key
 from synth_refine._io.untrusted import read_yaml
 from synth_refine.images.decode import decode
-from synth_refine.images.readers import Reader
+from synth_refine.images.readers import Files, Reader
 
 MOST_DIGITS = 6  # a longer number in a column of labels is no class
 UNLABELLED = {"", "-1", "nan", "?"}  # what tables write where there is no label
@@ -60,6 +61,14 @@ class Images:
         for note in self.notes:
             say(note)
         return self
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder in which every id is the path of a file; None where the images are no such files."""
+        paths = self.read.paths if isinstance(self.read, Files) else []
+        root = Path(str(paths[0]).removesuffix(self.ids[0])) if paths else Path()
+        own = (path == root / one and not os.path.isabs(one) for path, one in zip(paths, self.ids, strict=bool(paths)))
+        return root if paths and all(own) else None
 
     def image(self, row: int) -> Image.Image:
         """The decoded image of a row.

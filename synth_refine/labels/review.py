@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,27 +13,34 @@ from synth_refine._io.atomic import file_hash
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import check_unique, read_csv
 from synth_refine.labels.artifact import NO_CLASS, Artifact, WrongBase, WrongIds, record
+from synth_refine.labels.audit import NO_LABEL, audit
 
 COLUMNS = ("id", "given", "decision", "label")
 """Of decisions.csv."""
+
+AUDIT, AUDIT_NONE, AUDIT_UNCLEAR = "audit", "audit-none", "audit-unclear"
+"""Decisions that are answers of the audit: the right class, none of the classes, and that nobody can tell."""
 
 
 def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Artifact:
     """The artifact that the decisions of people make of another one: it changes what they accepted or corrected
     and leaves out what they removed.
 
-    Write it with `write_artifact`; its run.json says under `reviewed` which artifact and which decisions it came from.
+    Write it with `write_artifact`; its run.json says under `reviewed` which artifact and which decisions it came from,
+    and under `audit` what the answers of an audit say, see `audit`. Those answers change no label.
 
     Args:
         artifact: The artifact that the page showed.
-        decisions: The file that the page exports: id, given, decision (accept, reject, correct or remove), label. The
-            label of a rejected or removed image is the given one.
+        decisions: The file that the page exports: id, given, decision (accept, reject, correct or remove; for answers
+            of the audit audit, audit-none or audit-unclear), label. The label of a rejected or removed image is the
+            given one.
         classes: Class names, (C,), in the order of their labels; by default those that the artifact holds, or else the
             labels' numbers.
 
     Returns:
         An artifact of the same given labels. Accepted changes are in it as they were, corrected ones with the label
-        that was chosen. Removed images are marked `remove` and keep the given label. Changes and removals that nobody
+        that was chosen; where the refiner abstained, accept takes the class that the page named. Removed images are
+        marked `remove` and keep the given label. Changes and removals that nobody
         decided on keep the given label and are marked `abstain`.
 
     Raises:
@@ -48,21 +56,31 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
     if len(classes) != artifact.num_classes:
         raise InputError(f"classes: expected {artifact.num_classes} names, got {len(classes)}")
     check_unique("classes", classes)
-    check_unique(f"decisions: id in {decisions}", table["id"])
+    rows, asked = _parted(list(zip(*(table[column] for column in COLUMNS), strict=True)))
+    for some in (rows, asked):
+        check_unique(f"decisions: id in {decisions}", [one for one, *_ in some])
     row_of = {one: row for row, one in enumerate(artifact.names)}
     class_of = {name: number for number, name in enumerate(classes)}
     labels = artifact.given.astype(np.int64)
     reason, open_rows = artifact.reason.copy(), artifact.action != "keep"
     removed = np.zeros(len(labels), dtype=bool)
-    for one, old, decision, name in zip(*(table[column] for column in COLUMNS), strict=True):
+    answers: dict[int, int] = {}
+    for one, old, decision, name in (*rows, *asked):
         if one not in row_of:
             raise WrongIds(f"decisions: expected ids of the artifact, got {one!r}")
         row = row_of[one]
-        for cell in (old, name):
+        for cell in (old, name) if decision not in (AUDIT_NONE, AUDIT_UNCLEAR) else (old,):
             if cell not in class_of:
                 raise InputError(f"decisions: expected class names for {one!r}, got {cell!r}")
-        given, label = int(artifact.given[row]), class_of[name]
-        expected = {"accept": int(artifact.labels[row]), "reject": given, "correct": label, "remove": given}
+        given, label = int(artifact.given[row]), class_of.get(name, NO_LABEL)
+        if decision in (AUDIT, AUDIT_NONE, AUDIT_UNCLEAR):
+            if class_of[old] != given:
+                raise WrongBase(f"decisions: expected {one!r} to be given as {classes[given]!r}, got {old!r}")
+            if decision != AUDIT_UNCLEAR:
+                answers[row] = label if decision == AUDIT else NO_LABEL
+            continue
+        accepted = label if artifact.action[row] == "abstain" else int(artifact.labels[row])
+        expected = {"accept": accepted, "reject": given, "correct": label, "remove": given}
         if decision not in expected:
             raise InputError(f"decisions: expected accept, reject, correct or remove for {one!r}, got {decision!r}")
         if class_of[old] != given or expected[decision] != label:
@@ -89,4 +107,13 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
         inputs=artifact.run["inputs"],
         settings=artifact.run.get("settings"),
     )
-    return replace(made, run={**made.run, "reviewed": {"artifact": artifact.hash, "decisions": file_hash(decisions)}})
+    about: dict[str, Any] = {"reviewed": {"artifact": artifact.hash, "decisions": file_hash(decisions)}}
+    if asked:
+        about["audit"] = audit(artifact, made, answers, unclear=len(asked) - len(answers))
+    return replace(made, run={**made.run, **about})
+
+
+def _parted(rows: list[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Decisions, and answers of the audit."""
+    answers = {AUDIT, AUDIT_NONE, AUDIT_UNCLEAR}
+    return [row for row in rows if row[2] not in answers], [row for row in rows if row[2] in answers]

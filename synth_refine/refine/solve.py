@@ -6,7 +6,7 @@ Letters in shapes: N real images, M synthetic images, D features, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -183,8 +183,8 @@ class AnchoredDiagnostics:
         history: One entry per round.
         warnings: What a person should know, a line each.
         sweep: What other thresholds would do.
-        posteriors: Computes row numbers, (n,), and posteriors, (n, C), of all images that can be scored; None over
-            shards.
+        posteriors: Computes row numbers, (n,), and posteriors, (n, C), of all images that can be scored, a chunk at a
+            time; None over shards.
     """
 
     estimates: Estimates = field(default_factory=Estimates)
@@ -201,7 +201,7 @@ class AnchoredDiagnostics:
     history: tuple[dict[str, float], ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     sweep: tuple[SweepRow, ...] = field(default=(), repr=False)
-    posteriors: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    posteriors: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = field(default=None, repr=False)
 
 
 def check_order(em: EM) -> None:
@@ -238,7 +238,6 @@ def diagnostics(em: EM, solution: Solution, rows_swept: Sequence[SweepRow] = ())
     )
 
 
-def _posteriors(em: EM, state: State) -> tuple[Tensor, Tensor]:
-    """Row numbers, (n,), and posteriors, (n, C), of all rows that can be scored."""
-    parts = [(bucket.numbers, posterior) for bucket, posterior in em.posteriors(state)]
-    return torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
+def _posteriors(em: EM, state: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row numbers, (n,), and posteriors, (n, C), of all rows that can be scored, a chunk at a time."""
+    return ((bucket.numbers, posterior) for bucket, posterior in em.posteriors(state))

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class Review:
         image: Gives the decoded real image of a row; an `InputError` of it stands in the page instead of the image.
         synthetic_image: The same for synthetic images.
         names: Class names, (C,), each once; by default those of the artifact, or else numbers.
+        folder: The folder in which the artifact's ids are image files, for pictures in full size; None where they are
+            no such files.
     """
 
     artifact: Artifact
@@ -37,6 +40,7 @@ class Review:
     image: Callable[[int], Image.Image]
     synthetic_image: Callable[[int], Image.Image]
     names: Sequence[str] | None = None
+    folder: Path | None = None
 
     @property
     def classes(self) -> Sequence[str]:
@@ -172,30 +176,73 @@ def _sweep(review: Review) -> dict[str, Any] | None:
     }
 
 
+@dataclass(frozen=True)
+class ClassRow:
+    """One class in the table of the page; what is None is shown as unknown, or its column is left out.
+
+    Attributes:
+        name: Its name.
+        given: Images given as it.
+        refined: Images of it after the proposed changes.
+        left: Images given as it that are left to a person.
+        goes_to: Other classes and how many of its images would go there, the most first.
+        comes_from: Other classes and how many of their images would come to it, the most first.
+        noise: Estimated share of wrong labels among those given as it: estimate, low, high.
+        synthetic: Its synthetic images.
+        usable: Those that are usable.
+        few: Whether these are too few.
+        like: Other classes and the share of its synthetic images that look like them.
+    """
+
+    name: str
+    given: int
+    refined: int
+    left: int
+    goes_to: Sequence[tuple[str, int]] = ()
+    comes_from: Sequence[tuple[str, int]] = ()
+    noise: tuple[float, float, float] | None = None
+    synthetic: int | None = None
+    usable: int | None = None
+    few: bool = False
+    like: Sequence[tuple[str, float]] = ()
+
+
+def class_rows(review: Review) -> list[ClassRow]:
+    """The table of classes, a row each, from what the artifact and the evidence hold."""
+    artifact, quality, names = review.artifact, review.evidence.quality, review.classes
+    pairs = Counter(zip(artifact.given.tolist(), artifact.labels.tolist(), strict=True))
+    moves = [(old, new, count) for (old, new), count in pairs.most_common() if old != new]
+    goes: list[list[tuple[str, int]]] = [[] for _ in names]
+    comes: list[list[tuple[str, int]]] = [[] for _ in names]
+    for old, new, count in moves:
+        goes[old].append((names[new], count))
+        comes[new].append((names[old], count))
+    counts = [
+        np.bincount(labels, minlength=len(names)).tolist()
+        for labels in (artifact.given, artifact.labels, artifact.given[artifact.action == "abstain"])
+    ]
+    about: list[dict[str, Any]] = [{} for _ in names]
+    if quality is not None:
+        intended = review.evidence.synthetic_labels
+        check_array("quality", quality.keep, intended.shape)
+        for label in range(len(names)):
+            own = intended == label
+            like = [(names[other], share) for made, other, share in quality.confused if made == label]
+            about[label] = {"synthetic": int(own.sum()), "usable": int(quality.keep[own].sum()), "like": like}
+            about[label]["few"] = label in quality.too_few
+    return [
+        ClassRow(name, given, refined, left, goes_to=goes[label], comes_from=comes[label], **about[label])
+        for label, (name, given, refined, left) in enumerate(zip(names, *counts, strict=True))
+    ]
+
+
 def _quality(review: Review) -> dict[str, Any] | None:
-    """What is usable in the synthetic set, class by class."""
+    """What is usable in the synthetic set."""
     quality = review.evidence.quality
     if quality is None:
         return None
-    intended = review.evidence.synthetic_labels
-    check_array("quality", quality.keep, intended.shape)
     repeats = quality.duplicate_of >= 0
-    table = []
-    for label, name in enumerate(review.classes):
-        own = intended == label
-        table.append(
-            {
-                "name": name,
-                "images": int(own.sum()),
-                "usable": int(quality.keep[own].sum()),
-                "off": int(quality.off_class[own].sum()),
-                "repeats": int(repeats[own].sum()),
-                "few": label in quality.too_few,
-                "like": [(review.classes[other], share) for made, other, share in quality.confused if made == label],
-            }
-        )
     return {
-        "table": table,
         "images": len(quality.keep),
         "usable": int(quality.keep.sum()),
         "off": int(quality.off_class.sum()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -19,8 +19,15 @@ from torch.nn import functional as F
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.check import Array, InputError, check_array, float_tensor
 from synth_refine._io.untrusted import open_plain
+from synth_refine.labels.artifact import Artifact
 
 MOST_BYTES = 1 << 28
+MOST_ROWS = 20_000
+"""Images in one page; a browser holds their texts in memory."""
+
+KEPT_ROWS, KEPT_OF_CLASS, MOST_KEPT = 500, 20, 2000
+"""Images with a kept label that a page shows: so many, or so many of each class, but never more than the last."""
+
 REAL_ROWS, SYNTHETIC_ROWS = 4096, 32768  # of the products that a search holds at a time
 
 T = TypeVar("T")
@@ -50,11 +57,28 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A table that the page shows in a panel of its own, such as duplicates or images that could not be read.
+
+    Attributes:
+        title: Its heading.
+        text: What it means and what to do, in a sentence or two.
+        columns: Headings of the columns, K.
+        rows: Lines of texts, K each; may be empty.
+    """
+
+    title: str
+    text: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the page shows beside the artifact.
 
     Attributes:
-        rows: Rows of the artifact whose nearest synthetic images are known, (R,).
+        rows: Rows of the artifact that the page shows, (R,); see `shown_rows`.
         nearest: Those, (R, K) integers in [-1, M), -1 where there is none; see `nearest_synthetic`.
         synthetic_labels: The intended class of every synthetic image, (M,).
         synthetic_ids: Its id, (M,) texts.
@@ -63,6 +87,10 @@ class Evidence:
         sweep: What other thresholds would do; may be empty.
         quality: Which synthetic images are usable; None where nobody looked.
         notes: Further numbers and facts to show, by name.
+        probable: The most probable class other than the given one, (R,), -1 where it is not known; None where it is
+            known of none.
+        odds: By how much that class is more probable than the given one, (R,), NaN where it is not known.
+        findings: Tables to show besides.
     """
 
     rows: NDArray[np.int64]
@@ -73,11 +101,88 @@ class Evidence:
     sweep: Sequence[SweepRow] = ()
     quality: Quality | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    probable: NDArray[np.int64] | None = None
+    odds: NDArray[np.float64] | None = None
+    findings: Sequence[Finding] = ()
 
 
 def taken_from(kind: type[T], source: object) -> T:
     """A `SweepRow` or a `Quality` of an object that has the same attributes, such as a refiner's."""
     return kind(**{one.name: getattr(source, one.name) for one in fields(kind)})  # type: ignore[arg-type]
+
+
+def second_thoughts(
+    given: Array, proposed: Array, posteriors: Callable[[], Iterable[tuple[Array, Array]]] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The most probable class of each image other than its given one, and how much more probable it is.
+
+    Args:
+        given: Given labels, (N,) integers in [0, C).
+        proposed: What a refiner calls the best class, (N,); negative where it does not know.
+        posteriors: Gives row numbers, (n,), and probabilities of the classes, (n, C), a chunk at a time; None where
+            the refiner has no probabilities.
+
+    Returns:
+        That class, (N,), -1 where it is not known, and its odds against the given one, (N,), NaN where not known.
+
+    Example:
+        >>> probs = np.array([[0.2, 0.8], [0.1, 0.9]])
+        >>> second_thoughts(np.array([0, 1]), np.array([1, 1]), lambda: [(np.arange(2), probs)])
+        (array([1, 0]), array([4.        , 0.11111111]))
+    """
+    before, best = np.asarray(given, dtype=np.int64), np.asarray(proposed, dtype=np.int64)
+    probable, odds = np.where(best != before, best, -1), np.full(len(before), np.nan)
+    for numbers, posterior in posteriors() if posteriors is not None else ():
+        rows, probs = np.asarray(numbers), np.array(posterior, dtype=np.float64)
+        own, places = before[rows], np.arange(len(rows))
+        stays = probs[places, own]
+        probs[places, own] = -1
+        if probs.shape[1] > 1:
+            probable[rows] = probs.argmax(axis=1)
+            odds[rows] = probs.max(axis=1) / np.maximum(stays, 1e-9)
+    return probable, odds
+
+
+def unreadable(*sets: tuple[Sequence[str], Mapping[int, str]]) -> list[Finding]:
+    """A finding about the images that could not be read, where there are some: ids of a set, and why, by row."""
+    rows = [(ids[row], bad[row]) for ids, bad in sets for row in sorted(bad)]
+    text = "They have no features: a real one keeps its label, a synthetic one is left out."
+    return [Finding("Images that could not be read", text, ("image", "why"), rows)] if rows else []
+
+
+def shown_rows(
+    artifact: Artifact, proposed: Array, posteriors: Callable[[], Iterable[tuple[Array, Array]]] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The `rows`, `probable` and `odds` of an `Evidence`, by name; arguments as of `second_thoughts`."""
+    probable, odds = second_thoughts(artifact.given, proposed, posteriors)
+    rows = page_rows(artifact, probable, odds)
+    return {"rows": rows, "probable": probable[rows], "odds": odds[rows]}
+
+
+def page_rows(artifact: Artifact, probable: NDArray[np.int64], odds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The rows to look at, as many as a page holds, (R,).
+
+    Changes come first, then what was abstained from, the surest first, then the most suspicious of the kept labels, of
+    every class the same number.
+
+    Args:
+        artifact: What was decided.
+        probable: As `second_thoughts` gives it; a kept label of which it is not known is not shown.
+        odds: The same.
+    """
+    open_rows = np.flatnonzero(artifact.action != "keep")
+    sure = np.nan_to_num(artifact.confidence, nan=-np.inf)
+    open_rows = open_rows[np.lexsort((open_rows, -sure[open_rows], artifact.action[open_rows] != "change"))]
+    kept = np.flatnonzero((artifact.action == "keep") & (probable >= 0))
+    rank = np.where(np.isfinite(odds), odds, sure)[kept]  # without odds, how sure the refiner is of the other class
+    kept = kept[np.lexsort((kept, -rank))]
+    own = artifact.given[kept]
+    in_class = np.zeros(len(kept), dtype=np.int64)  # the place of each within its class
+    for label in np.unique(own):
+        in_class[own == label] = np.arange((own == label).sum())
+    most = min(MOST_KEPT, max(KEPT_ROWS, KEPT_OF_CLASS * artifact.num_classes), max(0, MOST_ROWS - len(open_rows)))
+    some = np.sort(np.argsort(in_class, kind="stable")[:most])
+    return np.concatenate([open_rows[:MOST_ROWS], kept[some]])
 
 
 def nearest_synthetic(
@@ -162,6 +267,10 @@ def read_evidence(path: str | os.PathLike[str]) -> Evidence:
                 quality[name] = np.array(quality[name], dtype=bool if name in ("keep", "off_class") else np.int64)
             quality["confused"] = [(int(one), int(other), float(share)) for one, other, share in quality["confused"]]
             content["quality"] = Quality(**quality)
+        for name, kind in (("probable", np.int64), ("odds", np.float64)):
+            if content.get(name) is not None:
+                content[name] = np.array(content[name], dtype=kind)
+        content["findings"] = [Finding(**one) for one in content.get("findings", ())]
         content["synthetic_ids"] = list(map(str, content["synthetic_ids"]))
         content["notes"] = {str(name): str(note) for name, note in content["notes"].items()}
         return Evidence(**content)
