@@ -19,7 +19,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from synth_refine._io.error import InputError
-from synth_refine.settings import expected, fits, flag, kind_of, of_command, usage_fault
+from synth_refine.settings import expected, fits, flag, kind_of, of_command, usage_fault, use_of
 
 FINE, BAD_INPUT = 0, 3
 
@@ -229,7 +229,7 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
     """The options that `synth_refine.settings` lists for a command; what is not given is None."""
     for one in of_command(command):
         known, kind = one.metadata, kind_of(one)
-        refiner = [way for way in ("anchored", "paper") if known["use"] == (way,)]
+        refiner = [way for way in ("anchored", "paper") if use_of(one) == (way,)]
         text = "".join(f"{way}: " for way in refiner) + known["text"]
         default = " ".join(one.default) if isinstance(one.default, tuple) else one.default
         shown = known["shown"] or ("" if default in (None, "") or default is False else str(default))

@@ -39,11 +39,9 @@ from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
 from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
-from synth_refine.scale.tables import shards_sample
 from synth_refine.settings import Settings, read_settings
 
 FINE, PROBLEM = 0, 1
-SAMPLE_ROWS = 50_000  # images of many shards that are looked at before the work
 
 
 def _run(options: Namespace) -> int:
@@ -187,10 +185,6 @@ def _scale(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
     inputs = _arrays(settings)
-    given, features = shards_sample(settings.features, settings.given, SAMPLE_ROWS)
-    told = pipeline.doubts(features, given, inputs)
-    for doubt in told:
-        _say(f"warning: {doubt}")
     inputs["second_view" if "synthetic_features" in inputs else "logits"] = settings.logits
     summary = refine_shards(
         settings.features,
@@ -200,13 +194,12 @@ def _scale(options: Namespace) -> int:
         engine=settings.engine,
         address=settings.address,
         progress=sys.stderr.isatty(),
+        say=pipeline.warning(_say),
         **pipeline.options_of(settings),
         **inputs,
     )
-    for doubt in summary.warnings[len(told) :]:
-        _say(f"warning: {doubt}")
     counts = ("rows", "changed", "abstained", "unscored", "shards", "reused")
-    known = {name: one and one.value for name, one in pipeline.estimates_of(summary.diagnostics).items()}
+    known = {name: one and one.value for name, one in pipeline.estimates_of(summary).items()}
     _show({"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
     return FINE
 

@@ -46,7 +46,6 @@ from synth_refine.refine import front
 from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.prototypes import prototype_quality
 from synth_refine.refine.result import Refinement
-from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.review import evidence as page
 from synth_refine.review.charts import Review
 from synth_refine.review.report import page_rows, write_report
@@ -276,19 +275,12 @@ def refine_arrays(
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
         inputs["second_view"] = inputs.pop("logits")
-    told = doubts(features, given, inputs)
-    for warning in told:
-        say(f"warning: {warning}")
-    result = front.refine(features, given, progress=sys.stderr.isatty(), **inputs)
-    for warning in result.diagnostics.warnings[len(told) :]:  # it begins with those
-        say(f"warning: {warning}")
-    return result
+    return front.refine(features, given, progress=sys.stderr.isatty(), say=warning(say), **inputs)
 
 
-def doubts(features: NDArray[Any], given: NDArray[Any], inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is doubtful about the inputs of a refinement, before the work."""
-    names = ("synthetic_features", "synthetic_labels", "prototypes", "num_classes")
-    return front.check(features, given, **{name: inputs[name] for name in names if name in inputs})
+def warning(say: Callable[[str], object]) -> Callable[[str], object]:
+    """Says a doubt as a warning."""
+    return lambda doubt: say(f"warning: {doubt}")
 
 
 def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, Any]:
@@ -357,10 +349,10 @@ def redraw(settings: Settings) -> Summary:
 
 def estimates_of(known: object) -> dict[str, Estimate | None]:
     """How many labels are wrong before and after, and how many changes; None where that is not estimated."""
-    if not isinstance(known, AnchoredDiagnostics):
-        return {}
+    estimates = getattr(known, "estimates", None)
     names = {"before": "noise_before", "after": "noise_after", "wrong_changes": "wrong_changes"}
-    return {names[name]: one if np.isfinite(one.value) else None for name, one in vars(known.estimates).items()}
+    found = {} if estimates is None else vars(estimates)
+    return {names[name]: one if np.isfinite(one.value) else None for name, one in found.items()}
 
 
 def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> Summary:

@@ -18,6 +18,7 @@ from typing import Any
 
 from synth_refine._io.error import InputError
 from synth_refine._io.ray import ADDRESS_HELP, ENGINE_HELP, ENGINES
+from synth_refine.refine.options import REFINERS, USER_OF
 
 WAYS = {
     "anchored": "--refiner anchored",
@@ -91,7 +92,7 @@ class Settings:
     image_column: str | None = _setting(None, f"of the images {COLUMN}", EMBEDS, metavar="COLUMN", flag="--image")
     label_column: str | None = _setting(None, f"of the labels {COLUMN}", EMBEDS, metavar="COLUMN", flag="--label")
     classes: str | None = _setting(None, CLASSES, CLASSED, needed=("generate",), metavar="YAML")
-    refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=("anchored", "paper"))
+    refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=REFINERS)
     synthetic: str | None = _setting(
         None, "synthetic images, like IMAGES; generated where not given", RUN, metavar="SOURCE"
     )
@@ -107,10 +108,13 @@ class Settings:
         {**ARRAYS, "use": ("prototypes",), "needed": True},
         metavar="NPY",
     )
-    logits: str | None = _setting(None, LOGITS, REFINES, metavar="PATH")
+    logits: str | None = _setting(None, LOGITS, REFINES, use=REFINERS, metavar="PATH")
     head: str | None = _setting(None, HEAD, {"commands": ("scale",), "use": ("one classifier",)}, metavar="NPY")
     text_prototypes: str | None = _setting(
-        None, "text features of the classes by the same encoder, (C, D)", REFINES, use=("anchored",), metavar="NPY"
+        None,
+        "text features of the classes by the same encoder, (C, D)",
+        REFINES,
+        metavar="NPY",
     )
     threshold: float | str | None = _setting(
         None,
@@ -123,12 +127,15 @@ class Settings:
         most=1,
     )
     weight: float | None = _setting(
-        None, "weight of the similarity", REFINES, shown="0.5, without a classifier 1", use=("paper",), least=0, most=1
+        None,
+        "weight of the similarity",
+        REFINES,
+        shown="0.5, without a classifier 1",
+        least=0,
+        most=1,
     )
-    strict: bool = _setting(False, "refuse images that cannot be scored", {"commands": ("refine",), "use": ("paper",)})
-    force: bool = _setting(
-        False, "change labels even if the do-no-harm check advises against it", REFINES, use=("anchored",)
-    )
+    strict: bool = _setting(False, "refuse images that cannot be scored", {"commands": ("refine",)})
+    force: bool = _setting(False, "change labels even if the do-no-harm check advises against it", REFINES)
     seed: int = _setting(
         0,
         "same seed, same result",
@@ -209,6 +216,11 @@ def ways(command: str, entries: Mapping[str, Any]) -> set[str]:
     return found | {"paper", "outputs" if entries.get("logits") else "heads"}
 
 
+def use_of(one: Field[Any]) -> tuple[str, ...]:
+    """The ways in which a setting is of use; none for a setting that always is."""
+    return tuple(one.metadata["use"]) or ((USER_OF[one.name],) if one.name in USER_OF else ())
+
+
 def flag(one: Field[Any]) -> str:
     """What the command line calls a setting."""
     return str(one.metadata["flag"]) or f"--{one.name.replace('_', '-')}"
@@ -219,7 +231,7 @@ def usage_fault(command: str, entries: Mapping[str, Any]) -> str | None:
     going = ways(command, entries)
     for one in of_command(command):
         if one.name in entries and not _useful(one, going):
-            return f"{flag(one)} is only for {' or '.join(WAYS[way] for way in one.metadata['use'])}"
+            return f"{flag(one)} is only for {' or '.join(WAYS[way] for way in use_of(one))}"
     for why in (command, *sorted(going)):
         missing = [one for one in of_command(command) if why in one.metadata["needed"]]
         if names := [
@@ -232,7 +244,7 @@ def usage_fault(command: str, entries: Mapping[str, Any]) -> str | None:
 
 
 def _useful(one: Field[Any], going: set[str]) -> bool:
-    return not one.metadata["use"] or bool(going & set(one.metadata["use"]))
+    return not use_of(one) or bool(going & set(use_of(one)))
 
 
 def check_entries(command: str, entries: Mapping[str, Any], source: str = "") -> None:

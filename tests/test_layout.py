@@ -31,7 +31,7 @@ ROOMS = {
     "review": {"_io", "labels"},
     "scale": {"_io", "refine", "labels"},
     "noise": {"_io"},
-    "settings": {"_io"},
+    "settings": {"_io", "refine"},
     "pipeline": {"_io", "images", "labels", "refine", "synthetic", "review", "scale", "settings"},
     "commands": {"_io", "images", "labels", "refine", "synthetic", "review", "scale", "settings", "pipeline"},
     "cli": {"_io", "settings", "commands"},

@@ -35,6 +35,7 @@ class Store:
         """A store of what lies in `root`, whose lines go into the journal of this number."""
         self.root, self.part = root, part
         self.entries: dict[str, Entry] = {}
+        self._listed: set[str] = set()  # names that a line of the manifest or of a journal has
         self._load()
 
     def done(self, name: str) -> Entry | None:
@@ -80,7 +81,9 @@ class Store:
     def compact(self) -> None:
         """Bring all journals into one, without the half lines of killed processes."""
         if journals := self._journals():
-            write_file(self.root / ".journal-0.jsonl", b"".join(_line(*pair) for pair in self.entries.items()))
+            dropped = sorted(self._listed - self.entries.keys())
+            lines = [*self.entries.items(), *((name, {"dropped": True}) for name in dropped)]
+            write_file(self.root / ".journal-0.jsonl", b"".join(_line(*one) for one in lines))
             for journal in journals[1:] if journals[0].name == ".journal-0.jsonl" else journals:
                 journal.unlink()
 
@@ -93,6 +96,7 @@ class Store:
             for line in path.read_bytes().split(b"\n") if path.exists() else ():
                 content = _checked(line)
                 if content is not None and isinstance(name := content.pop("file", None), str):
+                    self._listed.add(name)
                     if content.pop("dropped", False):
                         self.entries.pop(name, None)
                     else:
@@ -178,7 +182,8 @@ def check_settings(root: Path, settings: Mapping[str, Any], resumable: frozenset
         old, new = (json.dumps(one.get(key)) for one in (before, settings))  # as text: the order of classes counts
         if key not in resumable and old != new:
             raise InputError(
-                f"{name}: expected the settings that {root} was begun with, got another {key}: {new[:80]} for "
+                f"{name}: expected the settings that {root} was begun with, got "
+                f"{'other' if key.endswith('s') else 'another'} {key}: {new[:80]} for "
                 f"{old[:80]}; take another folder, or delete that one to start afresh"
             )
 

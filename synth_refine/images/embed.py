@@ -177,7 +177,7 @@ class Embedding:
         make: Callable[..., Encoder] | None = None,
         device: str = "cuda",
     ) -> None:
-        check_engine(engine)
+        check_engine(engine, address)
         if engine == "ray" and make is None:
             raise InputError("make: expected what builds the encoder on a node of the cluster, got None")
         self.encoder, self.images, self.make, self.device = encoder, images, make, device

@@ -51,7 +51,7 @@ def content_hashes(
     Raises:
         InputError: For ray: it is missing, or a node cannot read an image that can be read here.
     """
-    check_engine(engine)
+    check_engine(engine, address)
     count = len(images.ids)
     found = [""] * count
     shards = [range(count)[start : start + shard_rows] for start in range(0, count, shard_rows)]

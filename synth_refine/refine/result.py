@@ -70,7 +70,8 @@ class Refinement:
         reason: `Reason` codes, (N,) int64; `REASONS` has their texts.
         ties: Image and class of every score that equals the best one, (K, 2); only images with several best classes.
         num_classes: C.
-        given: The labels that the refiner saw, (N,); None for the paper's rule, which sees none.
+        given: The labels that the refiner saw, (N,), which alone `apply` takes; None for the paper's rule, which scores
+            without them and applies to any labels.
         diagnostics: What only this refiner knows, `PaperDiagnostics` or `AnchoredDiagnostics`.
     """
 

@@ -153,6 +153,9 @@ class Anchored:
     @contextmanager
     def solved(self, store: Store, progress: bool) -> Iterator[Solved]:
         """Run the algorithm, or what is left of it."""
+        if not any(len(numbers) for _, _, numbers in self._read()):  # up to the first row that can be scored
+            yield Solved(self._unscored(store), self.classes, AnchoredDiagnostics())
+            return
         steps = StoreSteps(store)
         with tqdm(total=self.rounds, unit=" rounds", disable=not progress) as bar:
             frame, rows = self._rows(store, steps, bar)
@@ -267,11 +270,7 @@ class Anchored:
         path, name = store.root / "scratch" / "results", "scratch/results"
         if store.done(name) is None:
             bar.set_description("decisions")
-            total = sum(shard.features.rows for shard in self.shards)
-            table = np.memmap(path, result_type(self.classes), "w+", shape=(total,))
-            table["reason"] = int(Reason.UNSCORED)
-            for part in ("classes", "scores", "margin"):
-                table[part] = -1 if part == "classes" else math.nan
+            table = np.memmap(self._unscored(store), result_type(self.classes), "r+")
             for bucket, posterior in em.posteriors(solution.state):
                 found, places = propose(posterior, bucket.given, solution.policy), bucket.numbers.numpy()
                 values, classes = best_classes(posterior.clone(), min(TOP, self.classes))
@@ -285,6 +284,18 @@ class Anchored:
             table.flush()
             del table
             store.note(name, file_hash(path))
+        return path
+
+    def _unscored(self, store: Store) -> Path:
+        """A file of results that says of every row that it cannot be scored."""
+        path = store.root / "scratch" / "results"
+        path.parent.mkdir(exist_ok=True)
+        total = sum(shard.features.rows for shard in self.shards)
+        table = np.memmap(path, result_type(self.classes), "w+", shape=(total,))
+        table["reason"] = int(Reason.UNSCORED)
+        for part in ("classes", "scores", "margin"):
+            table[part] = -1 if part == "classes" else math.nan
+        table.flush()
         return path
 
 

@@ -36,7 +36,7 @@ def write_from_shards(
         shards: All of them.
         num_classes: C.
         settings: Refiner, threshold, seed.
-        inputs: Hashes of the inputs.
+        inputs: What identifies the input files, see `input_digests`.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

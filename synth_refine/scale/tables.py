@@ -180,9 +180,12 @@ def _files(name: str, source: str | os.PathLike[str]) -> list[str]:
     path = Path(source)
     if not path.is_dir():
         return [str(path)]
-    for suffix in (".npy", ".parquet"):
-        if files := sorted(path.glob(f"*{suffix}"), key=natural_key):
-            return [str(file) for file in files]
+    kinds = [sorted(path.glob(f"*{suffix}"), key=natural_key) for suffix in (".npy", ".parquet")]
+    if all(kinds):
+        found = " and ".join(files[0].name for files in kinds)
+        raise InputError(f"{name}: expected .npy or .parquet files in the folder {path}, got both: {found}")
+    if files := kinds[0] or kinds[1]:
+        return [str(file) for file in files]
     raise InputError(f"{name}: expected .npy or .parquet files in the folder {path}, got none")
 
 
@@ -278,7 +281,7 @@ def _matrix(name: str, path: str, column: Any) -> NDArray[Any]:
 
 
 def input_digests(shards: list[Shard]) -> dict[str, str]:
-    """What identifies the input files and how they are cut."""
+    """What identifies the input files, by name, size and time of change, and how they are cut."""
     digests = {}
     for name in ("features", "given", "logits"):
         pieces = [getattr(shard, name) for shard in shards]
