@@ -32,8 +32,9 @@ from synth_refine.labels.artifact import (
     versions,
     write_artifact,
 )
+from synth_refine.labels.beside import check_classes, read_beside
 from synth_refine.labels.export import export
-from synth_refine.labels.files import label_bytes, read_label_file, read_labels, read_labels_and_ids
+from synth_refine.labels.files import LabelFile, label_bytes, read_label_file, read_labels, read_labels_and_ids
 from synth_refine.labels.refined import numbered_like
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.trees import apply_tree, revert_tree
@@ -103,55 +104,70 @@ def _refine(options: Namespace) -> int:
     check_free(settings.out)
     features = read_npy("features", settings.features, "f")
     check_array("features", features, ("N", "D"))
-    given, ids = read_labels_and_ids(settings.given, key=settings.key)
-    check_turned("features", features, len(given))
-    given, ids = _in_order_of(settings.features, given, ids)
-    inputs = _arrays(settings)
+    found = read_beside("given", settings.features, settings.given, key=settings.key)
+    check_turned("features", features, len(found.labels))
+    names = _class_names(settings, found)
+    inputs, given = _arrays(settings, found, names), numbered_like(found, names)
     if settings.logits:
         inputs["logits"] = read_npy("logits", settings.logits, "f")
-    named = _class_names(settings, inputs)
     result = pipeline.refine_arrays(features, given, settings, _say, **inputs)
     artifact = result.record(
         given.astype(_dtype(settings.given)),
-        ids=ids,
+        ids=found.ids,
         inputs=_hashes(settings),
-        settings=pipeline.recorded(settings, "refine", result) | named,
+        settings=pipeline.recorded(settings, "refine", result) | ({} if names is None else {"classes": names}),
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases refuse such labels")
     return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
 
 
-def _in_order_of(
-    features: str, given: NDArray[np.int64], ids: list[str] | None
-) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels with ids in the order of the features, which `embed` lists in a given.csv beside them."""
-    beside = Path(features).parent / "given.csv"
-    if ids is None or not beside.is_file():
-        return given, ids
-    _, own = read_labels_and_ids(beside)
-    if own is None or own == ids:
-        return given, ids
-    place = {one: row for row, one in enumerate(ids)}
-    if set(place) != set(own):
-        raise InputError(f"given: expected the ids of {beside}, which belong to the features, got others")
-    return given[[place[one] for one in own]], own
+def _class_names(settings: Settings, given: LabelFile) -> list[str] | None:
+    """The class names in the order of their numbers, of --classes or of what belongs to the given labels."""
+    own, names = given.classes, list(read_classes(settings.classes)) if settings.classes else None
+    if own is None or names is None or (given.named and set(own) <= set(names)):  # names alone have no order
+        return names or own
+    if own != names:
+        raise InputError(
+            f"classes: expected {', '.join(map(repr, own[:5]))} in this order, by which the given labels are numbered, "
+            f"got {', '.join(map(repr, names[:5]))} in {settings.classes}"
+        )
+    return own
 
 
-def _arrays(settings: Settings) -> dict[str, Any]:
+def _synthetic_labels(settings: Settings, given: LabelFile, names: list[str] | None) -> NDArray[np.int64]:
+    """The intended classes of the synthetic images, by name where there are names, numbered as the given labels are."""
+    assert settings.synthetic_features is not None
+    assert settings.synthetic_labels is not None
+    found = read_beside("synthetic_labels", settings.synthetic_features, settings.synthetic_labels)
+    if found.classes is None or (names is None and not found.named):
+        if given.named and settings.classes is None:
+            raise InputError("synthetic_labels: expected class names, as the given labels are, or --classes")
+        return found.labels
+    if names is None:
+        raise InputError("given: expected class names, as the synthetic labels are, or --classes, got numbers")
+    check_classes("synthetic_labels", found.classes, names, settings.classes or settings.given)
+    return numbered_like(found, names)
+
+
+def _arrays(settings: Settings, given: LabelFile, classes: list[str] | None) -> dict[str, Any]:
     """What refines besides features, given labels and logits, as arrays by name."""
     names = ("prototypes", "text_prototypes", "head")
     found: dict[str, Any] = {name: read_npy(name, path, "f") for name in names if (path := getattr(settings, name))}
     if settings.synthetic_features and settings.synthetic_labels:
         features = read_npy("synthetic_features", settings.synthetic_features, "f")
-        labels = read_labels(settings.synthetic_labels)
+        labels = _synthetic_labels(settings, given, classes)
         check_array("synthetic_features", features, ("M", "D"))
         check_array("synthetic_labels", labels, (len(features),))
         usable = np.isfinite(features).all(axis=1)
         if not usable.all():  # `embed` gives such features to images that it cannot decode
             _say(f"{(~usable).sum()} of {len(usable)} synthetic images are left out: their features are not finite")
         count = int(labels.max()) + 1 if len(labels) else 0
+        count = max(count, len(classes or ()))
         found |= {"synthetic_features": features[usable], "synthetic_labels": labels[usable], "num_classes": count}
+    count = found.get("num_classes", len(found.get("prototypes", ())))
+    if classes is not None and len(classes) != count:
+        raise InputError(f"classes: expected {count} names in {settings.classes or settings.given}, got {len(classes)}")
     return found
 
 
@@ -159,16 +175,6 @@ def _hashes(settings: Settings) -> dict[str, str]:
     """The hash of every file that a refinement depends on."""
     names = ("features", "given", "synthetic_features", "synthetic_labels", "prototypes", "logits", "text_prototypes")
     return {name: file_hash(path) for name in names if (path := getattr(settings, name))}
-
-
-def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The entry of class names in an artifact's settings, where there are some."""
-    if settings.classes is None:
-        return {}
-    names, count = list(read_classes(settings.classes)), inputs.get("num_classes", len(inputs.get("prototypes", ())))
-    if len(names) != count:
-        raise InputError(f"classes: expected {count} names in {settings.classes}, got {len(names)}")
-    return {"classes": names}
 
 
 def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
@@ -184,12 +190,17 @@ def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estima
 def _scale(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
-    inputs = _arrays(settings)
+    is_table = Path(settings.given).suffix.lower() == ".csv"
+    found = read_beside("given", settings.features, settings.given) if is_table else LabelFile(np.empty(0, np.int64))
+    names = _class_names(settings, found)
+    inputs = _arrays(settings, found, names)
     inputs["second_view" if "synthetic_features" in inputs else "logits"] = settings.logits
     summary = refine_shards(
         settings.features,
-        settings.given,
+        numbered_like(found, names) if is_table else settings.given,
         settings.out,
+        ids=found.ids,
+        class_names=names,
         shard_rows=settings.shard_rows,
         engine=settings.engine,
         address=settings.address,

@@ -35,8 +35,8 @@ WAYS = {
 
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
 STORED = ".npy, for scale also a folder of shards"
-GIVEN = f"the labels as given: {STORED}, for refine also .csv with id, or CIFAR-N's .pt"
-CLASSES = "class names, or folder names with what prompts call them; refine records them for apply --images"
+GIVEN = f"the labels as given: {STORED}, .csv with id, such as embed's given.csv, or for refine CIFAR-N's .pt"
+CLASSES = "class names, or folder names with what prompts call them; beside embed's features there are some"
 COLUMN = "in a dataset or Parquet file, where several could be meant"
 REFINER = "anchored where there are synthetic features, else paper"
 LOGITS = (
@@ -52,7 +52,7 @@ ARRAYS, EMBEDS = {"commands": ("refine", "scale")}, {"commands": ("run", "embed"
 GENERATES: dict[str, Any] = {"commands": ("run", "generate"), "use": ("generated",)}
 SYNTHETIC: dict[str, Any] = {**ARRAYS, "use": ("anchored", "outputs", "heads"), "needed": True}
 ENGINES_OF = {"commands": ("run", "scale", "embed")}
-CLASSED = {"commands": ("run", "refine", "embed", "generate")}
+CLASSED = {"commands": ("run", "refine", "scale", "embed", "generate")}
 ALL = {"commands": ("run", "refine", "scale", "embed", "generate")}
 """Who takes a setting."""
 

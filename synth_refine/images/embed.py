@@ -107,9 +107,9 @@ def embed_images(
 def embed_folder(encoder: Encoder, images: Images, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     """Write the features of images and what belongs to them into a folder, as `synth-refine refine` takes them.
 
-    The folder holds features.npy, (N, D), NaN for images that could not be decoded; given.csv, ids and labels of the
-    same rows; classes.yaml; bad.csv, why an image could not be decoded; and what a store keeps. Called again, it
-    resumes; other images, labels, classes or another encoder are refused.
+    The folder holds features.npy, (N, D), NaN for images that could not be decoded; given.csv, ids, labels and class
+    names of the same rows; classes.yaml; bad.csv, why an image could not be decoded; and what a store keeps. Called
+    again, it resumes; other images, labels, classes or another encoder are refused.
 
     Args:
         encoder: See `embed_images`.
@@ -124,7 +124,8 @@ def embed_folder(encoder: Encoder, images: Images, out: str | os.PathLike[str], 
         InputError: As `embed_images`, or the folder holds something else or other features.
     """
     job = Embedding(encoder, images, None, **options)
-    given = csv_bytes({"id": images.ids, "label": images.labels.tolist()})
+    names = [images.classes[label] for label in images.labels]
+    given = csv_bytes({"id": images.ids, "label": images.labels.tolist(), "class": names})
     settings = {**job.settings, "given": hashlib.sha256(given).hexdigest(), "classes": list(images.classes)}
     with open_store(out, settings) as store:
         features = job.fill(store)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,10 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import Array, InputError, is_auto
+from synth_refine._io.csv import check_unique
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
 from synth_refine.labels.artifact import check_free
@@ -44,6 +47,7 @@ from synth_refine.scale.tables import (
     Scores,
     Shard,
     cut_shards,
+    digest,
     input_digests,
     shard_table,
     shards_sample,
@@ -82,9 +86,11 @@ class Summary:
 
 def refine_shards(
     features: str | os.PathLike[str],
-    given: str | os.PathLike[str],
+    given: str | os.PathLike[str] | NDArray[Any],
     out: str | os.PathLike[str],
     *,
+    ids: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     refiner: str | None = None,
     synthetic_features: Array | None = None,
     synthetic_labels: Array | None = None,
@@ -116,10 +122,12 @@ def refine_shards(
         features: A .npy file of (N, D) floats, or a folder of .npy or of Parquet files, in the order of their names; a
             Parquet file has the features in the column `features`, a list per row.
         given: Given labels of the same images in the same order: a .npy file of (N,) integers, or a folder with as many
-            files and rows as that of the features; in Parquet the column `given`.
+            files and rows as that of the features; in Parquet the column `given`; or the labels themselves.
         out: Folder of the artifact. Its shards/part-*.parquet have the columns `row`, `given`, `refined`, `action`,
             `reason`, `margin`, `confidence` and, best first, `classes` and `scores` of the five best classes (-1 and
             NaN where the image cannot be scored).
+        ids: One per image, unique, for the artifact; by default the number of the row.
+        class_names: Class names, (C,), for the artifact, which `apply` on a folder of images needs.
         refiner: "anchored" or "paper"; by default the first where there are synthetic features.
         synthetic_features: Features of the synthetic images by the same encoder, (M, D), at least one per class.
         synthetic_labels: Their intended classes, (M,) integers in [0, C).
@@ -183,6 +191,15 @@ def refine_shards(
         check_width(shards[0], rule)
         plan, settings, classes = None, rule.settings(), rule.directions.shape[1]
     settings, inputs = {"refiner": refiner, **settings}, input_digests(shards)
+    if class_names is not None:
+        if len(class_names) != classes:
+            raise InputError(f"class_names: expected {classes}, got {len(class_names)}")
+        settings["class_names"] = list(class_names)
+    if ids is not None:
+        check_unique("ids", ids)
+        if len(ids) != (count := sum(shard.features.rows for shard in shards)):
+            raise InputError(f"ids: expected {count}, one per row, got {len(ids)}")
+        inputs["ids"] = digest(json.dumps(list(ids)).encode())
     with open_store(root / "shards", {**settings, **inputs}, name="out") as store:
         todo = [shard for shard in shards if store.done(shard.name) is None]
         found = None
@@ -196,7 +213,8 @@ def refine_shards(
         store.finish([shard.name for shard in shards] + [FOUND] * (plan is not None))
         later, known = (store.entries.get(FOUND, {}).get(name, {}) for name in ("warnings", "estimates"))
         lines = [store.entries[shard.name] for shard in shards]
-        write_from_shards(root, store.root, shards, classes, settings, inputs)
+        about = settings if class_names is None else {**settings, "classes": list(class_names)}
+        write_from_shards(root, store.root, shards, classes, about, inputs, ids)
     sums = {name: sum(line[name] for line in lines) for name in ("rows", "changed", "abstained", "unscored")}
     for doubt in later:
         say(doubt)
@@ -212,7 +230,7 @@ def refine_shards(
 
 def _doubts(
     features: str | os.PathLike[str],
-    given: str | os.PathLike[str],
+    given: str | os.PathLike[str] | NDArray[Any],
     synthetic_features: Array | None,
     synthetic_labels: Array | None,
     prototypes: Array | None,
