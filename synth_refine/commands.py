@@ -8,7 +8,7 @@ import platform
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ from synth_refine.labels.export import export
 from synth_refine.labels.files import LabelFile, label_bytes, read_label_file, read_labels, read_labels_and_ids
 from synth_refine.labels.refined import numbered_like
 from synth_refine.labels.review import reviewed
-from synth_refine.labels.trees import apply_tree, revert_tree
+from synth_refine.labels.trees import apply_tree, revert_tree, verify_tree
 from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
 from synth_refine.settings import Settings, read_settings
+from synth_refine.summary import Summary, estimates_of, findings
 
 FINE, PROBLEM = 0, 1
 
@@ -48,26 +49,22 @@ FINE, PROBLEM = 0, 1
 def _run(options: Namespace) -> int:
     settings = _announced(_settings(options))
     done = pipeline.run(settings, dry_run=options.dry_run, say=_say)
-    _tell(options, done)
-    if isinstance(done, pipeline.Summary):
-        _say(f"next: open {done.report}, decide, export decisions.csv; then")
-        for step in (
-            f"review {done.artifact} decisions.csv --out reviewed",
-            f"apply reviewed --images {settings.images} --out cleaner",
-            "export reviewed --format csv --out labels.csv",
-        ):
-            _say(f"  synth-refine {step}")
+    if isinstance(done, dict):
+        _show(options, done)
+        return FINE
+    _found(options, done)
+    _say(f"next: open {done.report}, decide, export decisions.csv; then")
+    for step in (
+        f"review {done.artifact} decisions.csv --out reviewed",
+        f"apply reviewed --images {settings.images} --out cleaner",
+        "export reviewed --format csv --out labels.csv",
+    ):
+        _say(f"  synth-refine {step}")
     return FINE
 
 
-def _tell(options: Namespace, result: pipeline.Summary | dict[str, Any]) -> None:
-    """The result as JSON, or as lines for people."""
-    known = asdict(result) if isinstance(result, pipeline.Summary) else result
-    if options.json:
-        _show(known)
-        return
-    lines = result.lines() if isinstance(result, pipeline.Summary) else known
-    print("\n".join(f"{name}: {value}" for name, value in lines.items()))
+def _found(options: Namespace, summary: Summary) -> None:
+    _show(options, asdict(summary), findings(summary, read_artifact(summary.artifact)))
 
 
 def _settings(options: Namespace) -> Settings:
@@ -83,18 +80,18 @@ def _announced(settings: Settings) -> Settings:
 
 def _report(options: Namespace) -> int:
     config = str(Path(options.folder) / "config.yaml")
-    _tell(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config)))
+    _found(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config)))
     return FINE
 
 
 def _generate(options: Namespace) -> int:
-    manifest = pipeline.generate(_settings(options))
-    _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
+    manifest = pipeline.generate(_settings(options), say=_say)
+    _show(options, {"manifest": str(manifest), "sha256": file_hash(manifest)})
     return FINE
 
 
 def _embed(options: Namespace) -> int:
-    _show(pipeline.embed(_announced(_settings(options)), say=_say))
+    _show(options, pipeline.embed(_announced(_settings(options)), say=_say))
     return FINE
 
 
@@ -119,7 +116,7 @@ def _refine(options: Namespace) -> int:
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases refuse such labels")
-    return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
+    return _keep(options, artifact, estimates_of(result.diagnostics))
 
 
 def _class_names(settings: Settings, given: LabelFile) -> list[str] | None:
@@ -183,7 +180,7 @@ def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estima
     if not options.dry_run:
         write_artifact(options.out, artifact)
     known = {name: one and one.value for name, one in estimates.items()}
-    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
+    _show(options, {"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
     return FINE
 
 
@@ -210,8 +207,8 @@ def _scale(options: Namespace) -> int:
         **inputs,
     )
     counts = ("rows", "changed", "abstained", "unscored", "shards", "reused")
-    known = {name: one and one.value for name, one in pipeline.estimates_of(summary).items()}
-    _show({"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
+    known = {name: one and one.value for name, one in estimates_of(summary).items()}
+    _show(options, {"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
     return FINE
 
 
@@ -233,7 +230,7 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
     artifact = read_artifact(options.artifact)
     if options.images:
         tree(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
-        _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
+        _show(options, {"images": options.out, "written": not options.dry_run, **_counts(artifact)})
         return FINE
     found = read_label_file(options.labels, key=options.key)
     before = numbered_like(found, artifact.classes)
@@ -251,7 +248,7 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
     if not options.dry_run:
         with write_atomic(out) as file:
             file.write(data)
-    _show({"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
+    _show(options, {"labels": options.out, "written": not options.dry_run, **_counts(artifact)})
     return FINE
 
 
@@ -260,8 +257,9 @@ def _diff(options: Namespace) -> int:
         artifact = read_artifact(options.first)
         sys.stdout.write(csv_bytes(artifact.table()).decode())
         pairs = zip(artifact.given[artifact.changed].tolist(), artifact.labels[artifact.changed].tolist(), strict=True)
+        classes = artifact.classes or range(artifact.num_classes)
         for (old, new), count in Counter(pairs).most_common(10):
-            _say(f"{old} -> {new}: {count}")
+            _say(f"{classes[old]} -> {classes[new]}: {count}")
         return FINE
     (before, ids), (after, other) = _load(options.first), _load(options.second)
     if ids is not None and other is not None:
@@ -294,7 +292,7 @@ def _export(options: Namespace) -> int:
         dry_run=options.dry_run,
     )
     _say(done.note if done.backup is None else f"{done.note}; what was there is now {done.backup}")
-    _show({"labels": str(done.path), "written": not options.dry_run, "count": done.count})
+    _show(options, {"labels": str(done.path), "written": not options.dry_run, "count": done.count})
     return FINE
 
 
@@ -302,17 +300,19 @@ def _verify(options: Namespace) -> int:
     try:
         artifact = read_artifact(options.artifact)
         if options.labels:
-            labels, ids = read_labels_and_ids(options.labels, key=options.key)
-            artifact.revert(labels, ids)
+            found = read_label_file(options.labels, key=options.key)
+            artifact.revert(numbered_like(found, artifact.classes), found.ids)
+        if options.images:
+            verify_tree(artifact, options.images)
     except (Damaged, WrongBase, WrongIds) as error:
         _say(f"synth-refine: {error}")
         return PROBLEM
-    _show({"artifact": options.artifact, **_counts(artifact)})
+    _show(options, {"artifact": options.artifact, **_counts(artifact)})
     return FINE
 
 
 def _env(options: Namespace) -> int:
-    _show({**versions(), "platform": platform.platform()})
+    _show(options, {**versions(), "platform": platform.platform()})
     return FINE
 
 
@@ -330,13 +330,22 @@ def _dtype(path: str) -> np.dtype[Any]:
 
 
 def _counts(artifact: Artifact) -> dict[str, int]:
-    abstained = int((artifact.action == "abstain").sum())
-    return {"count": len(artifact.labels), "changed": len(artifact.changed), "abstained": abstained}
+    name = "undecided" if "reviewed" in artifact.run else "abstained"  # by people, or by a refiner
+    rest = int((artifact.action == "abstain").sum())
+    return {"count": len(artifact.labels), "changed": len(artifact.changed), name: rest}
 
 
-def _show(result: Mapping[str, object]) -> None:
-    """One line of JSON, which knows no NaN: what was not estimated is null."""
-    print(json.dumps({name: None if value != value else value for name, value in result.items()}))
+def _show(options: Namespace, result: Mapping[str, object], lines: Sequence[str] | None = None) -> None:
+    """The result on stdout: lines for people on a terminal, else one line of JSON, as with --json.
+
+    JSON knows no NaN: what was not estimated is null.
+    """
+    known = {name: None if value != value else value for name, value in result.items()}
+    if options.json or not sys.stdout.isatty():
+        print(json.dumps(known), flush=True)
+    else:
+        words = (f"{name.replace('_', ' ')}: {'not estimated' if one is None else one}" for name, one in known.items())
+        print("\n".join(words if lines is None else lines), flush=True)
 
 
 def _say(text: str) -> None:

@@ -155,6 +155,7 @@ class Settings:
     steps: int = _setting(1, "denoising steps of the model", GENERATES, unit="steps", least=1)
     guidance: float = _setting(0.0, "guidance scale of the model", GENERATES, least=0)
     size: int | None = _setting(None, "side of an image", GENERATES, unit="pixels", shown="512, glyphs 32", least=1)
+    batch_rows: int | None = _setting(None, "embedded at once", EMBEDS, unit="images", shown="16, on a GPU 64", least=1)
     batch_size: int = _setting(8, "generated at once", GENERATES, unit="images", least=1)
     shard_rows: int = _setting(
         262_144, "of a .npy file that make a shard", {"commands": ("scale",)}, unit="rows", least=1
@@ -166,6 +167,14 @@ class Settings:
         resumable=True,
     )
     workers: int = _setting(2, "that decode images", EMBEDS, unit="processes", least=0, resumable=True)
+    cache: str | None = _setting(
+        None,
+        "where features are kept by encoder and content, to share them between results",
+        RUN,
+        metavar="FOLDER",
+        shown="features in --out",
+        resumable=True,
+    )
     engine: str = _setting("local", ENGINE_HELP, ENGINES_OF, use=("embedded", "paper"), choices=ENGINES, resumable=True)
     address: str | None = _setting(None, ADDRESS_HELP, ENGINES_OF, use=("ray",), resumable=True)
 
@@ -188,8 +197,15 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
+EMBED_AS = ("encoder", "weights", "batch_rows", "device", "workers")
+"""What `embed` takes of the config of a run."""
+
 RESUMABLE = frozenset(one.name for one in fields(Settings) if one.metadata["resumable"])
 """Settings that may change between resumed runs."""
+
+
+REFINING = frozenset(one.name for one in fields(Settings) if one.metadata["commands"] == REFINES["commands"])
+"""Settings of the refinement alone, on which no synthetic image and no feature depends."""
 
 
 def of_command(command: str) -> list[Field[Any]]:
@@ -316,6 +332,8 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
         if not isinstance(content, dict):
             raise InputError(f"config: expected a mapping of names to values in {config}, got {shorten(content)}")
         entries = {name: value for name, value in content.items() if value is not None}
+        if command == "embed":  # which takes the config.yaml of a run, so that it encodes as that did
+            entries = {name: value for name, value in entries.items() if name in EMBED_AS and value != "auto"}
     names = {one.name for one in of_command(command)}
     entries |= {name: value for name, value in options.items() if name in names and value is not None}
     for name, value in entries.items():
@@ -329,8 +347,19 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
 def resolved(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Entries whose places are absolute, so that they mean the same from any folder."""
     found = dict(entries)
-    for name in ("images", "classes", "synthetic", "encoder", "weights", "logits", "text_prototypes", "out", "model"):
+    for name in (
+        "images",
+        "classes",
+        "synthetic",
+        "encoder",
+        "weights",
+        "logits",
+        "text_prototypes",
+        "out",
+        "cache",
+        "model",
+    ):
         value = found.get(name)
-        if value and value != "glyphs" and (name == "out" or Path(value).exists() or bool(glob(value))):
+        if value and value != "glyphs" and (name in ("out", "cache") or Path(value).exists() or bool(glob(value))):
             found[name] = str(Path(value).absolute())
     return found

@@ -32,8 +32,20 @@ ROOMS = {
     "scale": {"_io", "refine", "labels"},
     "noise": {"_io"},
     "settings": {"_io", "refine"},
-    "pipeline": {"_io", "images", "labels", "refine", "synthetic", "review", "scale", "settings"},
-    "commands": {"_io", "images", "labels", "refine", "synthetic", "review", "scale", "settings", "pipeline"},
+    "summary": {"_io", "labels", "refine"},
+    "pipeline": {"_io", "images", "labels", "refine", "synthetic", "review", "scale", "settings", "summary"},
+    "commands": {
+        "_io",
+        "images",
+        "labels",
+        "refine",
+        "synthetic",
+        "review",
+        "scale",
+        "settings",
+        "summary",
+        "pipeline",
+    },
     "cli": {"_io", "settings", "commands"},
 }
 """What each folder and file of synth_refine may import of the others."""

@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from synth_refine._io.check import InputError
+from synth_refine._io.progress import progress
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine.images.listing import Images
 from synth_refine.images.readers import ParquetRows, Reader, part_of
@@ -55,7 +55,7 @@ def content_hashes(
     count = len(images.ids)
     found = [""] * count
     shards = [range(count)[start : start + shard_rows] for start in range(0, count, shard_rows)]
-    with tqdm(total=count, desc="scanning", unit="image", disable=None, leave=False) as bar:
+    with progress(count, "scanning") as bar:
         if engine == "local" or len(shards) == 1:
             for row, one in enumerate(_hashes(images.read, count, threads)):
                 found[row] = one

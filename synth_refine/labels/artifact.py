@@ -2,6 +2,7 @@
 
     labels.npy   the refined labels, (N,) int64
     changes.csv  one row per image that was changed or abstained from: id, old, new, action, confidence, margin, reason
+                 and, where they are known, the class names old_class and new_class
     ids.csv      the id of every row, where the given labels came with ids
     run.json     hashes of the inputs and of the files above, settings, seed, versions
 
@@ -155,7 +156,10 @@ class Artifact:
         columns = {"old": self.given, "new": self.labels, "action": self.action}
         columns |= {"confidence": self.confidence, "margin": self.margin, "reason": self.reason}
         ids = rows.tolist() if self.ids is None else [self.ids[row] for row in rows]
-        return {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
+        table = {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
+        if classes := self.classes:
+            table |= {f"{name}_class": [classes[label] for label in table[name]] for name in ("old", "new")}
+        return table
 
 
 def record(

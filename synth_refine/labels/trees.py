@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from synth_refine._io.atomic import TEMPORARY, locked, sync_folder, write_atomic
 from synth_refine._io.check import InputError, check_folder_name
 from synth_refine._io.csv import check_unique, csv_bytes, read_csv
-from synth_refine._io.error import WrongBase
+from synth_refine._io.error import WrongBase, WrongIds
 from synth_refine.images.hashes import content_hashes
 from synth_refine.images.listing import Images
 from synth_refine.images.sources import open_images
@@ -86,6 +86,22 @@ def revert_tree(
     return _write(artifact, source, out, link=link, dry_run=dry_run, undo=True)
 
 
+def verify_tree(artifact: Artifact, source: str | os.PathLike[str]) -> None:
+    """Check that a folder per class or a .csv table is what `apply_tree` writes: each image, its place and its bytes.
+
+    Raises:
+        WrongBase: Images with other labels than the refined ones, or another content.
+        WrongIds: Other images.
+        InputError: Another kind of source.
+    """
+    old = Path(source)
+    if old.is_file() and old.suffix.lower() == ".csv":
+        found = open_images(old, _classes(artifact))
+        artifact.revert(found.labels, found.ids)
+    else:
+        _found(artifact, old, undo=True)
+
+
 def new_places(artifact: Artifact) -> list[str]:
     """Where every image of a folder per class goes, relative to the new folder, in the order of the ids.
 
@@ -134,28 +150,42 @@ def _write(
         raise InputError(f"out: expected an existing folder {new.parent} to write {new.name} into, got none")
     if old.is_file() and old.suffix.lower() == ".csv":
         return _write_table(artifact, old, new, dry_run, undo)
-    ids, classes = _ids(artifact), _classes(artifact)
-    found = open_images(old, classes) if old.is_dir() else None
-    if found is None or {found.kind, artifact.run["settings"].get("source", "folder")} != {"folder"}:
-        raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
     if new.resolve().is_relative_to(old.resolve()):
         raise InputError(f"out: expected a folder outside {old}, got {new}")
-    before, after = ids, new_places(artifact)
-    if undo:
-        before, after = after, before
-    back = dict(zip(before, ids, strict=True))
-    names = [back.get(one, one) for one in found.ids]
-    rows = artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
-    _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
-    _check_contents(artifact, found, rows)
-    moves = dict(zip(before, after, strict=True))
+    moves = _found(artifact, old, undo=undo)
     others = [path.relative_to(old).as_posix() for path in sorted(old.rglob("*")) if path.is_file()]
     moves |= {one: one for one in others if one not in moves}  # notes, files of other kinds: they stay where they are
     if len(set(moves.values())) < len(moves):
         raise InputError(f"images: expected names that are free in {old}, but a file is where an image has to go")
     if not dry_run:
-        _copy(old, new, moves, [name for name in classes if (old / name).is_dir()], link)
+        _copy(old, new, moves, [name for name in _classes(artifact) if (old / name).is_dir()], link)
     return new
+
+
+def _found(artifact: Artifact, old: Path, *, undo: bool) -> dict[str, str]:
+    """Where each image of a folder goes, checked that they are those of the artifact, before or after `apply`."""
+    ids, classes = _ids(artifact), _classes(artifact)
+    found = open_images(old, classes) if old.is_dir() else None
+    if found is None or {found.kind, artifact.run["settings"].get("source", "folder")} != {"folder"}:
+        raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
+    before, after = ids, new_places(artifact)
+    if undo:
+        before, after = after, before
+    there = set(found.ids)
+    if there != set(before) and there == set(after):
+        raise WrongBase(
+            f"images: expected them where apply puts them, but {old} holds them as given: not applied yet?"
+            if undo
+            else f"images: expected them as given, but {old} holds them where apply puts them: already applied?"
+        )
+    if undo and there != set(before) and (lost := sorted(set(before) - there)):
+        raise WrongIds(f"images: expected every image of {old} where apply puts it, got none at {lost[0]}")
+    back = dict(zip(before, ids, strict=True))
+    names = [back.get(one, one) for one in found.ids]
+    rows = artifact.rows_of(names)  # says which images are too many before it is said that their number is wrong
+    _ = artifact.revert(found.labels, names) if undo else artifact.apply(found.labels, names)
+    _check_contents(artifact, found, rows)
+    return dict(zip(before, after, strict=True))
 
 
 def _check_contents(artifact: Artifact, found: Images, rows: NDArray[np.int64]) -> None:

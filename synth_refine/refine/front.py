@@ -31,9 +31,9 @@ from synth_refine.refine.heads import fold_logits
 from synth_refine.refine.options import REFINERS, USER_OF
 from synth_refine.refine.paper import refine_labels
 from synth_refine.refine.prototypes import class_prototypes
-from synth_refine.refine.result import CPU, Refinement
+from synth_refine.refine.result import CPU, Reason, Refinement
 from synth_refine.refine.rows import array_reader, fit_frame, rows_in_memory
-from synth_refine.refine.solve import label_heads
+from synth_refine.refine.solve import AnchoredDiagnostics, label_heads
 from synth_refine.refine.thresholds import paper_thresholds
 
 HEAD_EPOCHS = 8  # of the heads on the given labels, for the paper's rule
@@ -193,6 +193,25 @@ def refine(
     for warning in result.diagnostics.warnings:
         say(warning)
     return replace(result, diagnostics=replace(result.diagnostics, warnings=doubts + result.diagnostics.warnings))
+
+
+def unchanged(given: NDArray[np.int64], num_classes: int, say: Callable[[str], object]) -> Refinement:
+    """No change, where labels that came with their images have nothing to do with what synthetic images say of them.
+
+    Args:
+        given: Given labels, (N,).
+        num_classes: C.
+        say: Called with the reason, which the diagnostics hold too.
+    """
+    doubt = (
+        "nothing is changed: the given labels have nothing to do with what the synthetic images say of the images; do "
+        "the synthetic images show your classes (look at some), and does the encoder know them?"
+    )
+    say(doubt)
+    nothing, about = np.full(len(given), np.nan), AnchoredDiagnostics(warnings=(doubt,))
+    reason, ties = np.full(len(given), int(Reason.MISMATCH)), np.empty((0, 2), dtype=np.int64)
+    accepted = np.zeros(len(given), dtype=bool)
+    return Refinement(given, nothing, nothing, accepted, reason, ties, num_classes, given, about)
 
 
 def _reference(

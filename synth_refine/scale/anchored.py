@@ -261,9 +261,9 @@ class Anchored:
         confidence = torch.cat(sure)
         if len(bad := (~confidence.isfinite() & torch.from_numpy(scored)).nonzero()):
             raise InputError(f"second_view: expected finite numbers, got a non-finite one in row {int(bad[0, 0])}")
-        answers = np.zeros(len(scored), dtype=np.int64)
-        answers[scored] = leveled(torch.cat(winner)[scored], confidence[scored]).numpy()
-        return answers
+        found = np.zeros(len(scored), dtype=np.int64)
+        found[scored] = leveled(torch.cat(winner)[scored], confidence[scored]).numpy()
+        return found
 
     def _results(self, store: Store, em: EM, solution: Any, bar: tqdm[Any]) -> Path:
         """A file with what is decided about every row, by the rows' numbers."""

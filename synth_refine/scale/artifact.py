@@ -67,6 +67,8 @@ def write_from_shards(
             columns = {name: some[column].to_pylist() for column, name in COLUMNS.items()}
             if ids is not None:
                 columns["id"] = [ids[row] for row in columns["id"]]
+            if isinstance(names := settings.get("classes"), list):
+                columns |= {f"{one}_class": [names[label] for label in columns[one]] for one in ("old", "new")}
             data = csv_bytes(columns)
             file.write(data if number == 0 else data.split(b"\n", 1)[1])
 
