@@ -49,7 +49,7 @@ def cifar(
     """CIFAR-10 or CIFAR-100 in the order and split of the published label files.
 
     Training images are the first 45,000, validation images the last 5,000. PMD labels are the published files, in
-    data_root/noise_labels, and noise on top of them is drawn as published. The noisy labels of the validation images
+    data_root/noise_labels, and noise on top of them is sampled as published. The noisy labels of the validation images
     are simulated as `npz` does it. Images and label files are downloaded where they are missing.
 
     Args:

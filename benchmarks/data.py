@@ -147,7 +147,7 @@ def npz(path: Path, given: Path | None = None, noise_name: str = "given", *, see
 
     With `given`, train_labels are the true labels, for measuring, and `given` has the noisy labels of the first rows of
     train. Further rows are the validation set. Their true labels are known and nobody has annotated them, so their
-    noisy labels are simulated: drawn, with a fixed seed, from the transition matrix between given and true labels.
+    noisy labels are simulated: sampled, with a fixed seed, from the transition matrix between given and true labels.
     With a named noise, train_labels are the true labels as well, and the last tenth of train is the validation set.
     Without both, train_labels are the given labels, the true ones are unknown, and there is no clean validation.
     Where no rows are left for validation, a fixed random tenth of the training rows is held out.

@@ -92,7 +92,7 @@ def _call(*command: str) -> None:
 
 
 def _digits(root: Path) -> tuple[dict[str, str], list[str]]:
-    """1,200 handwritten digits with 35 % PMD labels; glyphs are drawn by the command."""
+    """1,200 handwritten digits with 35 % PMD labels; the command renders glyphs."""
     benchmark = data.digits("pmd-1-0.35")
     train, truth = benchmark.task.train, benchmark.true_labels
     assert truth is not None  # the digits' are known

@@ -15,7 +15,7 @@ from synth_refine.refine.front import given_logits
 from synth_refine.refine.neighbours import nearest
 
 COMPONENTS = 128  # principal components that neighbours and heads of `ssr`, `wann` and `clipcleaner` use
-SHARPNESS = 10.0  # of neighbours' weights, exp(SHARPNESS * cosine)
+COSINE_SCALE = 10.0  # of neighbours' weights, exp(COSINE_SCALE * cosine)
 AGREEMENT = 0.8  # of `clipcleaner`: share of the largest probability that a clean label has
 NEAREST, FARTHEST = 11, 51  # smallest and largest neighbourhood of `wann`
 
@@ -38,7 +38,7 @@ def ssr(evidence: Evidence, neighbours: int = 200) -> Tensor:
     """
     features = components(evidence)
     indices, cosines = nearest(features, neighbours)
-    votes = _votes(evidence, indices, (SHARPNESS * cosines).exp())
+    votes = _votes(evidence, indices, (COSINE_SCALE * cosines).exp())
     return _rename(evidence, features, votes.argmax(dim=1) == evidence.given)
 
 
@@ -70,7 +70,7 @@ def clipcleaner(evidence: Evidence) -> Tensor:
     cosines = F.normalize(_standard(evidence.features), dim=1) @ F.normalize(prototypes, dim=1).T
     clean = torch.ones_like(evidence.given, dtype=torch.bool)
     head = logistic(features, evidence, clean)
-    for probabilities in ((SHARPNESS * cosines).softmax(dim=1), head):
+    for probabilities in ((COSINE_SCALE * cosines).softmax(dim=1), head):
         own = probabilities.gather(1, evidence.given[:, None])[:, 0]
         clean &= own >= AGREEMENT * probabilities.amax(dim=1)
     return _rename(evidence, features, clean)

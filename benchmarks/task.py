@@ -86,8 +86,8 @@ def hold_out(count: int, seed: int, share: float = HOLD_OUT) -> tuple[Labels, La
 def annotate(truth: Labels, matrix: NDArray[np.float64], seed: int) -> Labels:
     """What an annotator with these confusions would have said, (V,); a class without an example is got right."""
     rows = np.where(matrix.sum(axis=1, keepdims=True) > 0, matrix, np.eye(len(matrix)))
-    drawn = np.random.default_rng(seed).random(len(truth))
-    labels: Labels = (rows.cumsum(axis=1)[truth] <= drawn[:, None]).sum(axis=1).clip(max=len(rows) - 1)
+    sampled = np.random.default_rng(seed).random(len(truth))
+    labels: Labels = (rows.cumsum(axis=1)[truth] <= sampled[:, None]).sum(axis=1).clip(max=len(rows) - 1)
     return labels
 
 

@@ -118,7 +118,7 @@ def train(steps: int, per_character: int = 240, groups: int = 3, lr: float = 0.0
         per_character: Glyphs rendered per character.
         groups: Groups per update.
         lr: Highest learning rate of the one-cycle schedule.
-        seed: Of everything drawn.
+        seed: Of everything random.
     """
     torch.manual_seed(seed)
     draw = random.Random(seed)

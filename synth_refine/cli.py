@@ -19,7 +19,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from synth_refine._io.error import InputError
-from synth_refine.settings import expected, fits, flag, kind_of, of_command, usage_fault
+from synth_refine.settings import expected, fits, flag, kind_of, of_command, usage_fault, use_of
 
 FINE, BAD_INPUT = 0, 3
 
@@ -28,6 +28,15 @@ FORMATS = (
     *("kv", "imagefolder", "csv", "jsonl", "parquet", "cleanlab"),
 )
 """Those of `synth_refine.labels.export.FORMATS`."""
+
+DECISIONS = """
+
+decisions.csv has a row for each image that somebody decided on, with class names:
+  id,given,decision,label
+  cat/1.jpg,cat,accept,dog     the proposed label
+  cat/2.jpg,cat,reject,cat     the given label
+  cat/3.jpg,cat,correct,fox    any label
+A proposal without a row keeps its given label and counts as undecided."""
 
 TREE = (
     "a folder per class, or a .csv of paths and labels, in place of a label file: its images are copied into a new "
@@ -51,7 +60,8 @@ EXAMPLES = {
   synth-refine scale --features features.npy --given given.npy --prototypes prototypes.npy \\
       --head head.npy --threshold 0.6 --out refined-with-classifier""",
     "embed": """
-  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14-quickgelu/openai""",
+  synth-refine embed photos --out embedded --encoder open_clip:ViT-L-14-quickgelu/openai
+  synth-refine embed photos --out embedded --config result/config.yaml""",
     "generate": """
   synth-refine generate --classes classes.yaml --out generated --model glyphs --per-class 20
   synth-refine generate --classes classes.yaml --out generated \\
@@ -164,14 +174,16 @@ def _parser() -> ArgumentParser:
     run.usage = "synth-refine run IMAGES --out FOLDER [options]\n       synth-refine run --config YAML [options]"
     refine = command("refine", "refine given labels and write the artifact")
     command("scale", "refine millions of labels, shard by shard; run it again to resume")
-    command("embed", "write the features of images for the command refine")
+    embed = command("embed", "write the features of images for the command refine")
     generate = command("generate", "generate synthetic images of classes, with a manifest")
-    for one in (run, generate):
+    for one in (run, generate, embed):
+        text = "settings, as in the config.yaml of a result; options come first"
         one.add_argument(
-            "--config", metavar="YAML", help="settings, as in the config.yaml of a result; options come first"
+            "--config", metavar="YAML", help=text if one is not embed else "the encoder of a result, by its config.yaml"
         )
 
     review = command("review", "make another artifact of what people decided on the page")
+    review.description = f"{review.description}{DECISIONS}"
     review.add_argument("artifact", help="folder of an artifact")
     review.add_argument(
         "decisions", metavar="CSV", help="what the page exported: what is not in it keeps its given label"
@@ -217,6 +229,9 @@ def _parser() -> ArgumentParser:
     verify = command("verify", "check an artifact's hashes, and that labels are its refined ones")
     verify.add_argument("artifact", help="folder of an artifact")
     verify.add_argument("--labels", metavar="FILE", help="labels that should be the refined ones")
+    verify.add_argument(
+        "--images", metavar="SOURCE", help="a folder per class or .csv that `apply` should have written"
+    )
     verify.add_argument("--key", help="the entry, for a .pt file")
 
     report = command("report", "draw the page of a run again")
@@ -232,8 +247,9 @@ def _parser() -> ArgumentParser:
         help="changes, and kept labels, of the random sample (%(default)s)",
     )
     command("env", "show the versions that numbers depend on, as JSON")
-    for one in (run, report):
-        one.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    for name, one in commands.choices.items():
+        if name != "diff":  # whose result is a table
+            one.add_argument("--json", action="store_true", help="JSON on stdout, also where that is a terminal")
     for one in (run, refine, review, apply, revert, export):
         one.add_argument("--dry-run", action="store_true", help="check and report everything, write nothing")
     return parser
@@ -243,7 +259,7 @@ def _add_settings(parser: ArgumentParser, command: str) -> None:
     """The options that `synth_refine.settings` lists for a command; what is not given is None."""
     for one in of_command(command):
         known, kind = one.metadata, kind_of(one)
-        refiner = [way for way in ("anchored", "paper") if known["use"] == (way,)]
+        refiner = [way for way in ("anchored", "paper") if use_of(one) == (way,)]
         text = "".join(f"{way}: " for way in refiner) + known["text"]
         default = " ".join(one.default) if isinstance(one.default, tuple) else one.default
         shown = known["shown"] or ("" if default in (None, "") or default is False else str(default))

@@ -8,7 +8,7 @@ import platform
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,45 +30,41 @@ from synth_refine.labels.artifact import (
     read_artifact,
     write_artifact,
 )
+from synth_refine.labels.beside import check_classes, read_beside
 from synth_refine.labels.export import export
-from synth_refine.labels.files import label_bytes, read_label_file, read_labels, read_labels_and_ids
+from synth_refine.labels.files import LabelFile, label_bytes, read_label_file, read_labels, read_labels_and_ids
 from synth_refine.labels.kept import write_kept
 from synth_refine.labels.refined import numbered_like
 from synth_refine.labels.review import reviewed
 from synth_refine.labels.run import check_free, versions
-from synth_refine.labels.trees import apply_tree, revert_tree
+from synth_refine.labels.trees import apply_tree, revert_tree, verify_tree
 from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
-from synth_refine.scale.tables import shards_sample
 from synth_refine.settings import Settings, read_settings
+from synth_refine.summary import Summary, estimates_of, findings
 
 FINE, PROBLEM = 0, 1
-SAMPLE_ROWS = 50_000  # images of many shards that are looked at before the work
 
 
 def _run(options: Namespace) -> int:
     settings = _announced(_settings(options))
     done = pipeline.run(settings, dry_run=options.dry_run, say=_say)
-    _tell(options, done)
-    if isinstance(done, pipeline.Summary):
-        _say(f"next: open {done.report}, decide, export decisions.csv; then")
-        for step in (
-            f"review {done.artifact} decisions.csv --out reviewed",
-            f"apply reviewed --images {settings.images} --out cleaner",
-            "export reviewed --format csv --out labels.csv",
-        ):
-            _say(f"  synth-refine {step}")
+    if isinstance(done, dict):
+        _show(options, done)
+        return FINE
+    _found(options, done)
+    _say(f"next: open {done.report}, decide, export decisions.csv; then")
+    for step in (
+        f"review {done.artifact} decisions.csv --out reviewed",
+        f"apply reviewed --images {settings.images} --out cleaner",
+        "export reviewed --format csv --out labels.csv",
+    ):
+        _say(f"  synth-refine {step}")
     return FINE
 
 
-def _tell(options: Namespace, result: pipeline.Summary | dict[str, Any]) -> None:
-    """The result as JSON, or as lines for people."""
-    known = asdict(result) if isinstance(result, pipeline.Summary) else result
-    if options.json:
-        _show(known)
-        return
-    lines = result.lines() if isinstance(result, pipeline.Summary) else known
-    print("\n".join(f"{name}: {value}" for name, value in lines.items()))
+def _found(options: Namespace, summary: Summary) -> None:
+    _show(options, asdict(summary), findings(summary, read_artifact(summary.artifact)))
 
 
 def _settings(options: Namespace) -> Settings:
@@ -85,18 +81,18 @@ def _announced(settings: Settings) -> Settings:
 def _report(options: Namespace) -> int:
     config = str(Path(options.folder) / "config.yaml")
     form = {"single_file": options.single_file, "audit": options.audit, "say": _say}
-    _tell(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config), **form))
+    _found(options, pipeline.redraw(read_settings("run", {"out": options.folder}, config), **form))
     return FINE
 
 
 def _generate(options: Namespace) -> int:
-    manifest = pipeline.generate(_settings(options))
-    _show({"manifest": str(manifest), "sha256": file_hash(manifest)})
+    manifest = pipeline.generate(_settings(options), say=_say)
+    _show(options, {"manifest": str(manifest), "sha256": file_hash(manifest)})
     return FINE
 
 
 def _embed(options: Namespace) -> int:
-    _show(pipeline.embed(_announced(_settings(options)), say=_say))
+    _show(options, pipeline.embed(_announced(_settings(options)), say=_say))
     return FINE
 
 
@@ -106,55 +102,70 @@ def _refine(options: Namespace) -> int:
     check_free(settings.out)
     features = read_npy("features", settings.features, "f")
     check_array("features", features, ("N", "D"))
-    given, ids = read_labels_and_ids(settings.given, key=settings.key)
-    check_turned("features", features, len(given))
-    given, ids = _in_order_of(settings.features, given, ids)
-    inputs = _arrays(settings)
+    found = read_beside("given", settings.features, settings.given, key=settings.key)
+    check_turned("features", features, len(found.labels))
+    names = _class_names(settings, found)
+    inputs, given = _arrays(settings, found, names), numbered_like(found, names)
     if settings.logits:
         inputs["logits"] = read_npy("logits", settings.logits, "f")
-    named = _class_names(settings, inputs)
     result = pipeline.refine_arrays(features, given, settings, _say, **inputs)
     artifact = result.record(
         given.astype(_dtype(settings.given)),
-        ids=ids,
+        ids=found.ids,
         inputs=_hashes(settings),
-        settings=pipeline.recorded(settings, "refine", result) | named,
+        settings=pipeline.recorded(settings, "refine", result) | ({} if names is None else {"classes": names}),
     )
     if (lost := np.setdiff1d(artifact.given, artifact.labels)).size:
         _say(f"no image is left in class {', '.join(map(str, lost[:5]))}; some codebases refuse such labels")
-    return _keep(options, artifact, pipeline.estimates_of(result.diagnostics))
+    return _keep(options, artifact, estimates_of(result.diagnostics))
 
 
-def _in_order_of(
-    features: str, given: NDArray[np.int64], ids: list[str] | None
-) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels with ids in the order of the features, which `embed` lists in a given.csv beside them."""
-    beside = Path(features).parent / "given.csv"
-    if ids is None or not beside.is_file():
-        return given, ids
-    _, own = read_labels_and_ids(beside)
-    if own is None or own == ids:
-        return given, ids
-    place = {one: row for row, one in enumerate(ids)}
-    if set(place) != set(own):
-        raise InputError(f"given: expected the ids of {beside}, which belong to the features, got others")
-    return given[[place[one] for one in own]], own
+def _class_names(settings: Settings, given: LabelFile) -> list[str] | None:
+    """The class names in the order of their numbers, of --classes or of what belongs to the given labels."""
+    own, names = given.classes, list(read_classes(settings.classes)) if settings.classes else None
+    if own is None or names is None or (given.named and set(own) <= set(names)):  # names alone have no order
+        return names or own
+    if own != names:
+        raise InputError(
+            f"classes: expected {', '.join(map(repr, own[:5]))} in this order, by which the given labels are numbered, "
+            f"got {', '.join(map(repr, names[:5]))} in {settings.classes}"
+        )
+    return own
 
 
-def _arrays(settings: Settings) -> dict[str, Any]:
+def _synthetic_labels(settings: Settings, given: LabelFile, names: list[str] | None) -> NDArray[np.int64]:
+    """The intended classes of the synthetic images, by name where there are names, numbered as the given labels are."""
+    assert settings.synthetic_features is not None
+    assert settings.synthetic_labels is not None
+    found = read_beside("synthetic_labels", settings.synthetic_features, settings.synthetic_labels)
+    if found.classes is None or (names is None and not found.named):
+        if given.named and settings.classes is None:
+            raise InputError("synthetic_labels: expected class names, as the given labels are, or --classes")
+        return found.labels
+    if names is None:
+        raise InputError("given: expected class names, as the synthetic labels are, or --classes, got numbers")
+    check_classes("synthetic_labels", found.classes, names, settings.classes or settings.given)
+    return numbered_like(found, names)
+
+
+def _arrays(settings: Settings, given: LabelFile, classes: list[str] | None) -> dict[str, Any]:
     """What refines besides features, given labels and logits, as arrays by name."""
     names = ("prototypes", "text_prototypes", "head")
     found: dict[str, Any] = {name: read_npy(name, path, "f") for name in names if (path := getattr(settings, name))}
     if settings.synthetic_features and settings.synthetic_labels:
         features = read_npy("synthetic_features", settings.synthetic_features, "f")
-        labels = read_labels(settings.synthetic_labels)
+        labels = _synthetic_labels(settings, given, classes)
         check_array("synthetic_features", features, ("M", "D"))
         check_array("synthetic_labels", labels, (len(features),))
         usable = np.isfinite(features).all(axis=1)
         if not usable.all():  # `embed` gives such features to images that it cannot decode
             _say(f"{(~usable).sum()} of {len(usable)} synthetic images are left out: their features are not finite")
         count = int(labels.max()) + 1 if len(labels) else 0
+        count = max(count, len(classes or ()))
         found |= {"synthetic_features": features[usable], "synthetic_labels": labels[usable], "num_classes": count}
+    count = found.get("num_classes", len(found.get("prototypes", ())))
+    if classes is not None and len(classes) != count:
+        raise InputError(f"classes: expected {count} names in {settings.classes or settings.given}, got {len(classes)}")
     return found
 
 
@@ -164,16 +175,6 @@ def _hashes(settings: Settings) -> dict[str, str]:
     return {name: file_hash(path) for name in names if (path := getattr(settings, name))}
 
 
-def _class_names(settings: Settings, inputs: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The entry of class names in an artifact's settings, where there are some."""
-    if settings.classes is None:
-        return {}
-    names, count = list(read_classes(settings.classes)), inputs.get("num_classes", len(inputs.get("prototypes", ())))
-    if len(names) != count:
-        raise InputError(f"classes: expected {count} names in {settings.classes}, got {len(names)}")
-    return {"classes": names}
-
-
 def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estimate | None]) -> int:
     """Write an artifact, but never over another one."""
     check_free(options.out, artifact.run)
@@ -181,35 +182,35 @@ def _keep(options: Namespace, artifact: Artifact, estimates: Mapping[str, Estima
         write_artifact(options.out, artifact)
     known: dict[str, object] = {name: one and one.value for name, one in estimates.items()}
     known |= {"audit": artifact.run["audit"]} if "audit" in artifact.run else {}
-    _show({"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
+    _show(options, {"artifact": options.out, "written": not options.dry_run, **_counts(artifact), **known})
     return FINE
 
 
 def _scale(options: Namespace) -> int:
     settings = _settings(options)
     check_folder("out", settings.out)
-    inputs = _arrays(settings)
-    given, features = shards_sample(settings.features, settings.given, SAMPLE_ROWS)
-    told = pipeline.doubts(features, given, inputs)
-    for doubt in told:
-        _say(f"warning: {doubt}")
+    is_table = Path(settings.given).suffix.lower() == ".csv"
+    found = read_beside("given", settings.features, settings.given) if is_table else LabelFile(np.empty(0, np.int64))
+    names = _class_names(settings, found)
+    inputs = _arrays(settings, found, names)
     inputs["second_view" if "synthetic_features" in inputs else "logits"] = settings.logits
     summary = refine_shards(
         settings.features,
-        settings.given,
+        numbered_like(found, names) if is_table else settings.given,
         settings.out,
+        ids=found.ids,
+        class_names=names,
         shard_rows=settings.shard_rows,
         engine=settings.engine,
         address=settings.address,
         progress=sys.stderr.isatty(),
+        say=pipeline.warning(_say),
         **pipeline.options_of(settings),
         **inputs,
     )
-    for doubt in summary.warnings[len(told) :]:
-        _say(f"warning: {doubt}")
     counts = ("rows", "changed", "abstained", "unscored", "shards", "reused")
-    known = {name: one and one.value for name, one in pipeline.estimates_of(summary.diagnostics).items()}
-    _show({"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
+    known = {name: one and one.value for name, one in estimates_of(summary).items()}
+    _show(options, {"artifact": settings.out, **{name: getattr(summary, name) for name in counts}, **known})
     return FINE
 
 
@@ -240,7 +241,7 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
     artifact = read_artifact(options.artifact)
     if options.images:
         tree(artifact, options.images, options.out, link=options.link, dry_run=options.dry_run)
-        _show({"images": options.out, "written": not options.dry_run, **_counts(artifact)})
+        _show(options, {"images": options.out, "written": not options.dry_run, **_counts(artifact)})
         return FINE
     found = read_label_file(options.labels, key=options.key)
     before = numbered_like(found, artifact.classes)
@@ -263,7 +264,7 @@ def _turn(options: Namespace, turn: Callable[..., NDArray[np.integer[Any]]], tre
         with write_atomic(out) as file:
             file.write(data)
     more = {} if kept is None else {"kept": str(kept)}
-    _show({"labels": options.out, **more, "written": not options.dry_run, **_counts(artifact)})
+    _show(options, {"labels": options.out, **more, "written": not options.dry_run, **_counts(artifact)})
     return FINE
 
 
@@ -272,8 +273,9 @@ def _diff(options: Namespace) -> int:
         artifact = read_artifact(options.first)
         sys.stdout.write(csv_bytes(artifact.table()).decode())
         pairs = zip(artifact.given[artifact.changed].tolist(), artifact.labels[artifact.changed].tolist(), strict=True)
+        classes = artifact.classes or range(artifact.num_classes)
         for (old, new), count in Counter(pairs).most_common(10):
-            _say(f"{old} -> {new}: {count}")
+            _say(f"{classes[old]} -> {classes[new]}: {count}")
         return FINE
     (before, ids), (after, other) = _load(options.first), _load(options.second)
     if ids is not None and other is not None:
@@ -307,7 +309,7 @@ def _export(options: Namespace) -> int:
         dry_run=options.dry_run,
     )
     _say(done.note if done.backup is None else f"{done.note}; what was there is now {done.backup}")
-    _show({"labels": str(done.path), "written": not options.dry_run, "count": done.count})
+    _show(options, {"labels": str(done.path), "written": not options.dry_run, "count": done.count})
     return FINE
 
 
@@ -315,17 +317,19 @@ def _verify(options: Namespace) -> int:
     try:
         artifact = read_artifact(options.artifact)
         if options.labels:
-            labels, ids = read_labels_and_ids(options.labels, key=options.key)
-            artifact.revert(labels, ids)
+            found = read_label_file(options.labels, key=options.key)
+            artifact.revert(numbered_like(found, artifact.classes), found.ids)
+        if options.images:
+            verify_tree(artifact, options.images)
     except (Damaged, WrongBase, WrongIds) as error:
         _say(f"synth-refine: {error}")
         return PROBLEM
-    _show({"artifact": options.artifact, **_counts(artifact)})
+    _show(options, {"artifact": options.artifact, **_counts(artifact)})
     return FINE
 
 
 def _env(options: Namespace) -> int:
-    _show({**versions(), "platform": platform.platform()})
+    _show(options, {**versions(), "platform": platform.platform()})
     return FINE
 
 
@@ -343,14 +347,23 @@ def _dtype(path: str) -> np.dtype[Any]:
 
 
 def _counts(artifact: Artifact) -> dict[str, int]:
+    name = "undecided" if "reviewed" in artifact.run else "abstained"  # by people, or by a refiner
     counts = {"count": len(artifact.labels), "changed": len(artifact.changed)}
-    counts |= {"abstained": int((artifact.action == "abstain").sum())}
+    counts |= {name: int((artifact.action == "abstain").sum())}
     return counts | {"no_class": len(artifact.proposed_removals), "removed": len(artifact.removed)}
 
 
-def _show(result: Mapping[str, object]) -> None:
-    """One line of JSON, which knows no NaN: what was not estimated is null."""
-    print(json.dumps({name: None if value != value else value for name, value in result.items()}))
+def _show(options: Namespace, result: Mapping[str, object], lines: Sequence[str] | None = None) -> None:
+    """The result on stdout: lines for people on a terminal, else one line of JSON, as with --json.
+
+    JSON knows no NaN: what was not estimated is null.
+    """
+    known = {name: None if value != value else value for name, value in result.items()}
+    if options.json or not sys.stdout.isatty():
+        print(json.dumps(known), flush=True)
+    else:
+        words = (f"{name.replace('_', ' ')}: {'not estimated' if one is None else one}" for name, one in known.items())
+        print("\n".join(words if lines is None else lines), flush=True)
 
 
 def _say(text: str) -> None:

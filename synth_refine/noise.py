@@ -143,15 +143,15 @@ def pmd(posterior: Array, kind: int, factor: float, *, seed: int = 123) -> Label
     if not factor > 0:
         raise InputError(f"factor: expected a number above 0, got {factor}")
     first, second, keep = _margins(posterior, kind)
-    drawn = np.random.RandomState(seed).random_sample(len(keep))
-    return np.where(drawn < keep / factor, first, second)
+    uniform = np.random.RandomState(seed).random_sample(len(keep))
+    return np.where(uniform < keep / factor, first, second)
 
 
 def pmd_factor(posterior: Array, true_labels: Array, kind: int, rate: float) -> float:
     """Find the factor with which `pmd` is expected to give a noise rate.
 
     The expected rate is linear in 1 / factor up to the point where probabilities reach 1, and piecewise linear after
-    it, so the answer is exact. Where several factors fit, it is the largest: the one that cuts off least.
+    it, so the result is exact. Where several factors fit, it is the largest: the one that cuts off least.
 
     Args:
         posterior: Class probabilities, (N, C).

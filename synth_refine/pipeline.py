@@ -8,6 +8,7 @@ and features from there and computes the rest again, with the same seed to the s
     synthetic.csv  the same of the synthetic images         report/    the page to review
     bad.csv        images that could not be decoded         synthetic/ generated images, where none were given
     summary.json   the result in numbers                    evidence.json  what the page shows besides
+    with-*/        the same of further refinements, by the settings in which they differ
 
 Letters in shapes: N real images, M synthetic images, D features, C classes.
 """
@@ -17,9 +18,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -34,7 +37,7 @@ from synth_refine._io.atomic import check_folder, file_hash, locked
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
-from synth_refine._io.store import Store, check_settings, open_store
+from synth_refine._io.store import Store, check_settings, differing, open_store
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
@@ -43,47 +46,21 @@ from synth_refine.images.listing import Images, read_classes
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
+from synth_refine.refine.checks import Unrelated
 from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.prototypes import prototype_quality
 from synth_refine.refine.result import Refinement
-from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.review import evidence as page
 from synth_refine.review.charts import Review
 from synth_refine.review.report import write_report
-from synth_refine.settings import RESUMABLE, Settings, resolved
+from synth_refine.settings import REFINING, RESUMABLE, Settings, resolved
+from synth_refine.summary import Summary, estimates_of
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
 NOTES = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")  # on the page
 SET = ("per_class", "templates", "seed")  # what makes up a set of synthetic images
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A finished run in numbers; what is not estimated is None, as all estimates are with the paper's rule."""
-
-    artifact: str  # its folder
-    report: str  # the page
-    count: int  # images
-    changed: int  # labels that were changed
-    abstained: int  # labels that somebody should look at
-    bad: int  # images that could not be decoded
-    synthetic: int  # synthetic images that were used
-    warnings: tuple[str, ...]  # doubts
-    synthetic_accuracy: float | None = None  # share of held-out synthetic images that are classified correctly
-    noise_before: Estimate | None = None  # share of the given labels that are wrong
-    noise_after: Estimate | None = None  # share of the refined labels
-    wrong_changes: Estimate | None = None  # share of the changes
-
-    def lines(self) -> dict[str, str]:
-        """All of it as text for people."""
-        found = {}
-        for name, value in vars(self).items():
-            text = f"{value:.3f}" if isinstance(value, float) else str(value)
-            text = "; ".join(value) or "none" if isinstance(value, tuple) else text
-            found[name.replace("_", " ")] = "not estimated" if value is None else text
-        return found
 
 
 @dataclass(frozen=True)
@@ -117,11 +94,10 @@ def run(
     check(settings, "run")
     classes, images = opened(settings, say)
     encoder = encoder_of(settings)
+    settings = apart(settings, about_run(settings, images, encoder))
+    used, about = resolved(settings.used("run")), about_run(settings, images, encoder)
     generator = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
-    used = resolved(settings.used("run"))
-    about = {**used, "class_names": list(images.classes), "encoder_id": encoder.id}
-    about |= {name: file_hash(used[name]) for name in ("logits", "text_prototypes") if used.get(name)}
     if dry_run:
         check_settings(Path(settings.out), about, RESUMABLE, "out")
         if generator is not None:
@@ -148,6 +124,34 @@ def run(
         keep(store, "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
         store.finish()
     return summary
+
+
+def about_run(settings: Settings, images: Images, encoder: Encoder) -> dict[str, Any]:
+    """All that a run depends on besides the images."""
+    used = resolved(settings.used("run"))
+    about = {**used, "class_names": list(images.classes), "encoder_id": encoder.id}
+    return about | {name: file_hash(used[name]) for name in ("logits", "text_prototypes") if used.get(name)}
+
+
+def apart(settings: Settings, about: Mapping[str, Any]) -> Settings:
+    """The same in a folder of its own within the result, where only the refinement differs from what is there.
+
+    Synthetic images and features are those of the result. Its artifact stays: without it, what it was applied to could
+    not be reverted.
+
+    Raises:
+        InputError: The result that is there is not finished.
+    """
+    out = Path(settings.out).absolute()
+    other = {name: new for name, (_, new) in differing(out, about, "out").items() if name not in RESUMABLE}
+    if not other or not other.keys() <= REFINING | ({"seed"} if settings.synthetic else set()):
+        return settings
+    if Store(out, 0).done("summary.json") is None:
+        raise InputError(f"out: expected a finished run in {out} before it is refined otherwise; resume that one first")
+    named = {name: new.strip('"') for name, new in other.items() if getattr(settings, name) != getattr(Settings, name)}
+    name = re.sub(r"[^\w.]+", "-", "-".join(part for pair in named.items() for part in pair)[:100])
+    synthetic, cache = settings.synthetic or str(out / "synthetic"), settings.cache or str(out / "features")
+    return replace(settings, out=str(out / f"with-{name or 'defaults'}"), synthetic=synthetic, cache=cache)
 
 
 def check(settings: Settings, command: str) -> None:
@@ -193,7 +197,16 @@ def chosen(settings: Settings, *names: str) -> dict[str, Any]:
 def opened(settings: Settings, say: Callable[[str], object]) -> tuple[Mapping[str, str] | None, Images]:
     """The class names with what prompts call them, where a file has them, and the images."""
     classes = read_classes(settings.classes) if settings.classes else None
+    warn_of_prompts(classes or {}, say)
     return classes, open_images(settings.images, list(classes) if classes else None, **settings.columns).told(say)
+
+
+def warn_of_prompts(classes: Mapping[str, str], say: Callable[[str], object]) -> None:
+    """Say it where two classes have one prompt: their synthetic images show the same."""
+    [(text, count)] = Counter(classes.values()).most_common(1) or [("", 0)]
+    if count > 1:
+        names = ", ".join(name for name, one in classes.items() if one == text)
+        say(f"warning: the classes {names} have one prompt, {text!r}, so that no synthetic image tells them apart")
 
 
 def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
@@ -212,14 +225,18 @@ def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings
     hashes = content_hashes(images, engine=settings.engine, address=settings.address)
     keep_input(store, f"{name}.csv", images, hashes)
     options = work_of(settings) | {"hashes": hashes, "progress": f"embedding {name}"}
-    features, bad = embed_images(encoder, images, store.root / "features", **options)
+    features, bad = embed_images(encoder, images, settings.cache or store.root / "features", **options)
     return Embedded(images, features, hashes, bad)
 
 
 def work_of(settings: Settings) -> dict[str, Any]:
     """Where and by what images are embedded."""
     make = partial(encoder_by_name, settings.encoder, settings.weights)
-    return {**chosen(settings, "workers", "engine", "address"), "make": make, "device": device_of(settings)}
+    return {
+        **chosen(settings, "workers", "batch_rows", "engine", "address"),
+        "make": make,
+        "device": device_of(settings),
+    }
 
 
 def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> None:
@@ -251,16 +268,16 @@ def refined(
 ) -> tuple[Refinement, Artifact]:
     """Refine the given labels of images whose features are known, and put the result on record."""
     images, usable, names = real.images, synthetic.usable, ("logits", "text_prototypes")
-    result = refine_arrays(
-        real.features,
-        images.labels,
-        settings,
-        say,
-        num_classes=len(images.classes),
-        synthetic_features=synthetic.features[usable],
-        synthetic_labels=synthetic.images.labels[usable],
+    evidence: dict[str, Any] = {
+        "num_classes": len(images.classes),
+        "synthetic_features": synthetic.features[usable],
+        "synthetic_labels": synthetic.images.labels[usable],
         **{name: read_npy(name, path, "f") for name in names if (path := getattr(settings, name))},
-    )
+    }
+    try:
+        result = refine_arrays(real.features, images.labels, settings, say, **evidence)
+    except Unrelated:  # labels that were read with their images cannot be in another order
+        result = front.unchanged(images.labels, len(images.classes), warning(say))
     known = {**recorded(settings, "run", result), "encoder": settings.encoder, "source": images.kind}
     known["classes"] = list(images.classes)
     texts = [images.classes[label] for label in images.labels]
@@ -280,26 +297,19 @@ def refine_arrays(
     inputs |= options_of(settings)
     if (settings.refiner != "paper") and "synthetic_features" in inputs and "logits" in inputs:
         inputs["second_view"] = inputs.pop("logits")
-    told = doubts(features, given, inputs)
-    for warning in told:
-        say(f"warning: {warning}")
-    result = front.refine(features, given, progress=sys.stderr.isatty(), **inputs)
-    for warning in result.diagnostics.warnings[len(told) :]:  # it begins with those
-        say(f"warning: {warning}")
-    return result
+    return front.refine(features, given, progress=sys.stderr.isatty(), say=warning(say), **inputs)
 
 
-def doubts(features: NDArray[Any], given: NDArray[Any], inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is doubtful about the inputs of a refinement, before the work."""
-    names = ("synthetic_features", "synthetic_labels", "prototypes", "num_classes")
-    return front.check(features, given, **{name: inputs[name] for name in names if name in inputs})
+def warning(say: Callable[[str], object]) -> Callable[[str], object]:
+    """Says a doubt as a warning."""
+    return lambda doubt: say(f"warning: {doubt}")
 
 
 def recorded(settings: Settings, command: str, result: Refinement) -> dict[str, Any]:
     """The settings that labels depend on besides the inputs, for the artifact."""
     used = settings.used(command)
     if "weight" in used:
-        used["weight"] = result.diagnostics.weight
+        used["weight"] = getattr(result.diagnostics, "weight", used["weight"])
     return {name: used[name] for name in OPTIONS if name in used}
 
 
@@ -363,14 +373,6 @@ def redraw(settings: Settings, **form: Any) -> Summary:
     return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 
 
-def estimates_of(known: object) -> dict[str, Estimate | None]:
-    """How many labels are wrong before and after, and how many changes; None where that is not estimated."""
-    if not isinstance(known, AnchoredDiagnostics):
-        return {}
-    names = {"before": "noise_before", "after": "noise_after", "wrong_changes": "wrong_changes"}
-    return {names[name]: one if np.isfinite(one.value) else None for name, one in vars(known.estimates).items()}
-
-
 def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> Summary:
     """The numbers of a run."""
     known = result.diagnostics
@@ -395,8 +397,9 @@ def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) 
     return embed_folder(encoder_of(settings), images, settings.out, **work_of(settings))
 
 
-def generate(settings: Settings) -> Path:
+def generate(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> Path:
     """Generate the synthetic images of classes into the folder `out`; the manifest."""
     check(settings, "generate")
     classes = read_classes(settings.classes or "")
+    warn_of_prompts(classes, say)
     return generate_images(settings.out, classes, generator_of(settings), **chosen(settings, *SET))

@@ -18,6 +18,7 @@ from typing import Any
 
 from synth_refine._io.error import InputError
 from synth_refine._io.ray import ADDRESS_HELP, ENGINE_HELP, ENGINES
+from synth_refine.refine.options import REFINERS, USER_OF
 
 WAYS = {
     "anchored": "--refiner anchored",
@@ -34,8 +35,8 @@ WAYS = {
 
 IMAGES = "a folder of images per class, a .csv with path and label, or a saved dataset, .tar or .parquet files"
 STORED = ".npy, for scale also a folder of shards"
-GIVEN = f"the labels as given: {STORED}, for refine also .csv with id, or CIFAR-N's .pt"
-CLASSES = "class names, or folder names with what prompts call them; refine records them for apply --images"
+GIVEN = f"the labels as given: {STORED}, .csv with id, such as embed's given.csv, or for refine CIFAR-N's .pt"
+CLASSES = "class names, or folder names with what prompts call them; beside embed's features there are some"
 COLUMN = "in a dataset or Parquet file, where several could be meant"
 REFINER = "anchored where there are synthetic features, else paper"
 LOGITS = (
@@ -51,7 +52,7 @@ ARRAYS, EMBEDS = {"commands": ("refine", "scale")}, {"commands": ("run", "embed"
 GENERATES: dict[str, Any] = {"commands": ("run", "generate"), "use": ("generated",)}
 SYNTHETIC: dict[str, Any] = {**ARRAYS, "use": ("anchored", "outputs", "heads"), "needed": True}
 ENGINES_OF = {"commands": ("run", "scale", "embed")}
-CLASSED = {"commands": ("run", "refine", "embed", "generate")}
+CLASSED = {"commands": ("run", "refine", "scale", "embed", "generate")}
 ALL = {"commands": ("run", "refine", "scale", "embed", "generate")}
 """Who takes a setting."""
 
@@ -91,7 +92,7 @@ class Settings:
     image_column: str | None = _setting(None, f"of the images {COLUMN}", EMBEDS, metavar="COLUMN", flag="--image")
     label_column: str | None = _setting(None, f"of the labels {COLUMN}", EMBEDS, metavar="COLUMN", flag="--label")
     classes: str | None = _setting(None, CLASSES, CLASSED, needed=("generate",), metavar="YAML")
-    refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=("anchored", "paper"))
+    refiner: str | None = _setting(None, "what refines", REFINES, shown=REFINER, choices=REFINERS)
     synthetic: str | None = _setting(
         None, "synthetic images, like IMAGES; generated where not given", RUN, metavar="SOURCE"
     )
@@ -107,10 +108,13 @@ class Settings:
         {**ARRAYS, "use": ("prototypes",), "needed": True},
         metavar="NPY",
     )
-    logits: str | None = _setting(None, LOGITS, REFINES, metavar="PATH")
+    logits: str | None = _setting(None, LOGITS, REFINES, use=REFINERS, metavar="PATH")
     head: str | None = _setting(None, HEAD, {"commands": ("scale",), "use": ("one classifier",)}, metavar="NPY")
     text_prototypes: str | None = _setting(
-        None, "text features of the classes by the same encoder, (C, D)", REFINES, use=("anchored",), metavar="NPY"
+        None,
+        "text features of the classes by the same encoder, (C, D)",
+        REFINES,
+        metavar="NPY",
     )
     threshold: float | str | None = _setting(
         None,
@@ -123,12 +127,15 @@ class Settings:
         most=1,
     )
     weight: float | None = _setting(
-        None, "weight of the similarity", REFINES, shown="0.5, without a classifier 1", use=("paper",), least=0, most=1
+        None,
+        "weight of the similarity",
+        REFINES,
+        shown="0.5, without a classifier 1",
+        least=0,
+        most=1,
     )
-    strict: bool = _setting(False, "refuse images that cannot be scored", {"commands": ("refine",), "use": ("paper",)})
-    force: bool = _setting(
-        False, "change labels even if the do-no-harm check advises against it", REFINES, use=("anchored",)
-    )
+    strict: bool = _setting(False, "refuse images that cannot be scored", {"commands": ("refine",)})
+    force: bool = _setting(False, "change labels even if the do-no-harm check advises against it", REFINES)
     seed: int = _setting(
         0,
         "same seed, same result",
@@ -148,6 +155,7 @@ class Settings:
     steps: int = _setting(1, "denoising steps of the model", GENERATES, unit="steps", least=1)
     guidance: float = _setting(0.0, "guidance scale of the model", GENERATES, least=0)
     size: int | None = _setting(None, "side of an image", GENERATES, unit="pixels", shown="512, glyphs 32", least=1)
+    batch_rows: int | None = _setting(None, "embedded at once", EMBEDS, unit="images", shown="16, on a GPU 64", least=1)
     batch_size: int = _setting(8, "generated at once", GENERATES, unit="images", least=1)
     shard_rows: int = _setting(
         262_144, "of a .npy file that make a shard", {"commands": ("scale",)}, unit="rows", least=1
@@ -159,6 +167,14 @@ class Settings:
         resumable=True,
     )
     workers: int = _setting(2, "that decode images", EMBEDS, unit="processes", least=0, resumable=True)
+    cache: str | None = _setting(
+        None,
+        "where features are kept by encoder and content, to share them between results",
+        RUN,
+        metavar="FOLDER",
+        shown="features in --out",
+        resumable=True,
+    )
     engine: str = _setting("local", ENGINE_HELP, ENGINES_OF, use=("embedded", "paper"), choices=ENGINES, resumable=True)
     address: str | None = _setting(None, ADDRESS_HELP, ENGINES_OF, use=("ray",), resumable=True)
 
@@ -181,8 +197,15 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
+EMBED_AS = ("encoder", "weights", "batch_rows", "device", "workers")
+"""What `embed` takes of the config of a run."""
+
 RESUMABLE = frozenset(one.name for one in fields(Settings) if one.metadata["resumable"])
 """Settings that may change between resumed runs."""
+
+
+REFINING = frozenset(one.name for one in fields(Settings) if one.metadata["commands"] == REFINES["commands"])
+"""Settings of the refinement alone, on which no synthetic image and no feature depends."""
 
 
 def of_command(command: str) -> list[Field[Any]]:
@@ -209,6 +232,11 @@ def ways(command: str, entries: Mapping[str, Any]) -> set[str]:
     return found | {"paper", "outputs" if entries.get("logits") else "heads"}
 
 
+def use_of(one: Field[Any]) -> tuple[str, ...]:
+    """The ways in which a setting is of use; none for a setting that always is."""
+    return tuple(one.metadata["use"]) or ((USER_OF[one.name],) if one.name in USER_OF else ())
+
+
 def flag(one: Field[Any]) -> str:
     """What the command line calls a setting."""
     return str(one.metadata["flag"]) or f"--{one.name.replace('_', '-')}"
@@ -219,7 +247,7 @@ def usage_fault(command: str, entries: Mapping[str, Any]) -> str | None:
     going = ways(command, entries)
     for one in of_command(command):
         if one.name in entries and not _useful(one, going):
-            return f"{flag(one)} is only for {' or '.join(WAYS[way] for way in one.metadata['use'])}"
+            return f"{flag(one)} is only for {' or '.join(WAYS[way] for way in use_of(one))}"
     for why in (command, *sorted(going)):
         missing = [one for one in of_command(command) if why in one.metadata["needed"]]
         if names := [
@@ -232,7 +260,7 @@ def usage_fault(command: str, entries: Mapping[str, Any]) -> str | None:
 
 
 def _useful(one: Field[Any], going: set[str]) -> bool:
-    return not one.metadata["use"] or bool(going & set(one.metadata["use"]))
+    return not use_of(one) or bool(going & set(use_of(one)))
 
 
 def check_entries(command: str, entries: Mapping[str, Any], source: str = "") -> None:
@@ -304,6 +332,8 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
         if not isinstance(content, dict):
             raise InputError(f"config: expected a mapping of names to values in {config}, got {shorten(content)}")
         entries = {name: value for name, value in content.items() if value is not None}
+        if command == "embed":  # which takes the config.yaml of a run, so that it encodes as that did
+            entries = {name: value for name, value in entries.items() if name in EMBED_AS and value != "auto"}
     names = {one.name for one in of_command(command)}
     entries |= {name: value for name, value in options.items() if name in names and value is not None}
     for name, value in entries.items():
@@ -317,8 +347,19 @@ def read_settings(command: str, options: Mapping[str, Any], config: str | None =
 def resolved(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Entries whose places are absolute, so that they mean the same from any folder."""
     found = dict(entries)
-    for name in ("images", "classes", "synthetic", "encoder", "weights", "logits", "text_prototypes", "out", "model"):
+    for name in (
+        "images",
+        "classes",
+        "synthetic",
+        "encoder",
+        "weights",
+        "logits",
+        "text_prototypes",
+        "out",
+        "cache",
+        "model",
+    ):
         value = found.get(name)
-        if value and value != "glyphs" and (name == "out" or Path(value).exists() or bool(glob(value))):
+        if value and value != "glyphs" and (name in ("out", "cache") or Path(value).exists() or bool(glob(value))):
             found[name] = str(Path(value).absolute())
     return found

@@ -626,3 +626,74 @@ def test_labels_beside_embedded_features_are_taken_by_their_ids(
     np.testing.assert_array_equal(refined[0].labels, refined[1].labels)
     assert cli.main([*command, "--given", str(tmp_path / "other.csv"), "--out", str(tmp_path / "none")]) == 3
     assert "given: expected the ids of" in capsys.readouterr().err
+
+
+def beside(folder: Path, classes: list[str], offset: float = 0.0, count: int = 120) -> list[int]:
+    """What `embed` writes of images of animals, a class after the other; their classes by the order of `ANIMALS`."""
+    true = [number % 3 for number in range(count)]
+    folder.mkdir()
+    rng = np.random.default_rng(count)
+    np.save(folder / "features.npy", (4 * np.eye(3, 6)[true] + rng.normal(size=(count, 6)) + offset).astype("f4"))
+    names = [ANIMALS[number] for number in true]
+    rows = [f"{name}/{row}.png,{classes.index(name)},{name}" for row, name in enumerate(names)]
+    (folder / "given.csv").write_text("\n".join(["id,label,class", *rows, ""]))
+    (folder / "classes.yaml").write_text("".join(f"- {name}\n" for name in classes))
+    return true
+
+
+ANIMALS = ["cat", "dog", "owl"]
+
+
+@pytest.mark.parametrize("command", ["refine", "scale"])
+def test_classes_are_matched_by_name_and_rows_by_id(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Features, labels and synthetic images that number their classes otherwise: the same labels by name."""
+    monkeypatch.chdir(tmp_path)
+    true = beside(Path("real"), ANIMALS)
+    beside(Path("synthetic"), ["owl", "cat", "dog"], 0.5, 60)
+    lines = Path("real/given.csv").read_text().splitlines()
+    Path("names.csv").write_text(
+        "\n".join(["id,label", *sorted(",".join(one.split(",")[::2]) for one in lines[1:]), ""])
+    )
+    Path("yaml").write_text("- dog\n- cat\n- owl\n")
+    Path("birds.csv").write_text("id,label\n" + "".join(f"{row}.png,hen\n" for row in range(60)))
+    call = f"{command} --features real/features.npy --synthetic synthetic/features.npy"
+    labels, given = "--synthetic-labels synthetic/given.csv", "--given real/given.csv"
+    for place, more in enumerate([given, "--given names.csv", f"{given} --classes real/classes.yaml"]):
+        assert cli.main(f"{call} {labels} {more} --out {place}".split()) == 0
+        made = read_artifact(str(place))
+        assert made.labels.tolist() == made.given.tolist() == true
+        assert (made.classes, made.ids) == (ANIMALS, [one.split(",")[0] for one in lines[1:]])
+    capsys.readouterr()
+    for more, message in (
+        (f"{given} {labels} --classes yaml", "classes: expected 'cat', 'dog', 'owl' in this order"),
+        (f"{given} --synthetic-labels birds.csv", "synthetic_labels: expected the ids of synthetic/given.csv"),
+        ("--given birds.csv " + labels, "given: expected the ids of real/given.csv"),
+    ):
+        assert cli.main(f"{call} {more} --out none".split()) == 3
+        assert capsys.readouterr().err.startswith(f"synth-refine: {message}")
+    assert not Path("none").exists()
+
+
+def test_an_artifact_over_shards_with_ids_applies_to_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside(Path("real"), ANIMALS)
+    beside(Path("synthetic"), ANIMALS, 0.5, 60)
+    table = Path("real/given.csv").read_text().replace("cat/0.png,0,cat", "dog/0.png,1,dog")
+    Path("real/given.csv").write_text(table)
+    for line in table.splitlines()[1:]:
+        path = Path("photos", line.split(",")[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    call = "scale --features real/features.npy --given real/given.csv --synthetic synthetic/features.npy"
+    call += " --synthetic-labels synthetic/given.csv --shard-rows 50 --out refined --force"
+    for _ in range(2):  # the second time it is there
+        assert cli.main(call.split()) == 0
+    assert '"dog/0.png",1,0,"change"' in Path("refined/changes.csv").read_text()
+    assert cli.main(["apply", "refined", "--images", "photos", "--out", "new"]) == 0
+    assert Path("new/cat/0.png").exists()
+    assert cli.main(["revert", "refined", "--images", "new", "--out", "again"]) == 0
+    assert Path("again/dog/0.png").exists()

@@ -110,6 +110,13 @@ def test_an_option_that_a_refiner_has_no_use_for_is_refused(refiner, name, value
         ({"prototypes": np.eye(4, 8)}, "threshold: expected a number, since"),
         ({"prototypes": np.eye(4, 7), "threshold": 0.5}, r"prototypes: expected shape \(M, 8\), got \(4, 7\)"),
         ({"prototypes": np.eye(3, 8), "threshold": 0.5}, "given: expected classes 0 to 2, got 3"),
+        ({"prototypes": np.eye(4, 8), "threshold": 0.5, "num_classes": 5}, r"prototypes: expected shape \(5, D\)"),
+        ({"prototypes": np.eye(4, 8), "threshold": 0.5, "seed": 1}, "seed: nothing is drawn"),
+        ({"prototypes": np.eye(4, 8), "threshold": 0.5, "seed": -1}, "seed: expected at least 0, got -1"),
+        (
+            {"prototypes": np.eye(4, 8), "threshold": 0.5, "synthetic_labels": np.arange(4)},
+            "synthetic_labels: expected",
+        ),
     ],
     ids=str,
 )
@@ -123,7 +130,14 @@ def test_doubts_are_said_before_the_work_and_in_the_result(one, images, prototyp
     apart = {**images, "synthetic_features": one.synthetic + 100}
     [gap] = check(one.features, one.given, **apart)
     assert gap.startswith("a line tells 100.0% of the real images from the synthetic ones")
-    assert refine(one.features, one.given, **apart).diagnostics.warnings == (gap,)
+    said = []
+    assert refine(one.features, one.given, **apart, say=said.append).diagnostics.warnings == (gap,)
+    assert said == [gap]
+    said.clear()
+    turned = {**images, "synthetic_labels": (one.synthetic_labels + 1) % 4}
+    result = refine(one.features, one.given, **turned, say=said.append)
+    assert result.diagnostics.warnings == tuple(said)  # each once, those of the work behind those of the inputs
+    assert [line.startswith("nothing is changed") for line in said] == [False, True]
     [doubt] = check(one.features, (one.given + 1) % 4, prototypes=prototypes)
     assert "given labels and nearest prototypes name the same class for" in doubt
     paper = refine(one.features, (one.given + 1) % 4, prototypes=prototypes, threshold=0.5)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,7 @@ def test_from_the_folder_to_the_page_and_back(
     summary = json.loads(said.out)
     assert "synth-refine review result/refined decisions.csv --out reviewed" in said.err.replace(str(source) + "/", "")
     assert summary["count"] == COUNT
+    assert said.err.splitlines()[-1].startswith("  synth-refine export ")  # no doubt is said again behind what is next
     assert summary["changed"] >= 40
     assert summary["synthetic"] == 90
     assert 0.5 <= summary["synthetic_accuracy"] <= 1
@@ -125,8 +127,31 @@ def test_from_the_folder_to_the_page_and_back(
     assert cli.main(["apply", "reviewed", "--images", "photos", "--out", "new"]) == 0
     assert noise(source / "new") < noise(source / "photos") / 2
     assert (source / "new" / str(table["id"][0])).exists()
+    assert cli.main(["verify", "reviewed", "--images", "new"]) == 0
     assert cli.main(["revert", "reviewed", "--images", "new", "--out", "again"]) == 0
     assert content(source / "again") == before == content(source / "photos")
+    assert cli.main(["apply", "reviewed", "--given", "result/images.csv", "--out", "labels.csv"]) == 0
+    names = read_csv("labels", source / "labels.csv")
+    assert names["label"][names["id"].index(str(table["id"][1]))] == table["label"][1]
+    assert changes["new_class"] == [CLASSES[int(one)] for one in changes["new"]]
+
+    capsys.readouterr()
+    for command, code, message in (
+        ("apply reviewed --images new --out more", 3, "but new holds them where apply puts them: already applied?"),
+        ("revert reviewed --images photos --out more", 3, "but photos holds them as given: not applied yet?"),
+        ("verify reviewed --images photos", 1, "but photos holds them as given: not applied yet?"),
+        ("apply decisions.csv --images photos --out more", 3, "`synth-refine review` makes one of decisions"),
+    ):
+        assert cli.main(command.split()) == code
+        assert message in capsys.readouterr().err
+    moved = next((source / "new" / "A").iterdir())
+    moved.rename(source / "new" / "O" / f"moved-{moved.name}")
+    assert cli.main(["revert", "reviewed", "--images", "new", "--out", "more"]) == 3
+    message = f"images: expected every image of new where apply puts it, got none at A/{moved.name}"
+    assert capsys.readouterr().err == f"synth-refine: {message}\n"
+    (source / "one.csv").write_bytes(csv_bytes({name: cells[:1] for name, cells in table.items()}))
+    assert cli.main(["review", "result/refined", "one.csv", "--out", "begun"]) == 0
+    assert json.loads(capsys.readouterr().out)["undecided"] == len(changes["id"]) - 1
 
 
 class Pixels:
@@ -176,12 +201,78 @@ def test_a_saved_config_runs_again_and_options_come_first(
     assert cli.main(["run", "--config", "again.yaml"]) == 0
     assert content(source / "out") == expected
     for more in ([], ["--dry-run"]):
-        assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto", *more]) == 3
-    assert 'got another threshold: "auto" for 0.4' in capsys.readouterr().err
+        assert cli.main(["run", "--config", "again.yaml", "--per-class", "7", *more]) == 3
+    assert "got other per_class: 7 for 6" in capsys.readouterr().err
     assert content(source / "out") == expected
     assert cli.main(["run", "--config", "again.yaml", "--threshold", "auto", "--out", "other"]) == 0
     assert yaml.safe_load((source / "other" / "config.yaml").read_text())["threshold"] == "auto"
-    assert "changed: " in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    capsys.readouterr()
+    assert cli.main(["report", "other"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{COUNT} images of 3 classes, 18 synthetic images"
+    assert any(line.startswith("look first at ") for line in lines)
+    assert len(lines) <= 20
+
+
+def test_another_threshold_is_tried_in_the_same_folder_and_nothing_is_embedded_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded: list[int] = []
+
+    class Counting(Pixels):
+        def embed(self, images: Tensor) -> Tensor:
+            embedded.append(len(images))
+            return super().embed(images)
+
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Counting())
+    begin = ["run", "photos", "--workers", "0", "--refiner", "paper"]
+    command = [*begin, "--model", "glyphs", "--per-class", "6"]
+    assert cli.main([*command, "--threshold", "0.4", "--out", "out"]) == 0
+    before, count = content(source / "out"), sum(embedded)
+    assert count == COUNT + 18
+    for _ in range(2):
+        assert cli.main([*command, "--threshold", "0.7", "--out", "out"]) == 0
+        after = content(source / "out")
+        assert {name: data for name, data in after.items() if not name.startswith("with-")} == before
+    assert cli.main(["report", "out/with-threshold-0.7"]) == 0
+    assert content(source / "out") == after
+    left, right = (read_artifact(f"out/{name}refined") for name in ("", "with-threshold-0.7/"))
+    assert len(left.changed) > len(right.changed)
+    assert right.run["settings"]["threshold"] == 0.7
+    assert cli.main([*command, "--threshold", "0.4", "--seed", "1", "--out", "out"]) == 3  # other synthetic images
+    assert cli.main([*begin, "--out", "else", "--cache", "out/features", "--synthetic", "out/synthetic"]) == 0
+    assert sum(embedded) == count
+    assert not (source / "else" / "features").exists()
+    (source / "out" / "summary.json").unlink()
+    assert cli.main([*command, "--threshold", "0.8", "--out", "out"]) == 3
+    assert "out: expected a finished run in" in capsys.readouterr().err
+
+
+def test_synthetic_images_of_something_else_change_nothing_and_can_be_looked_at(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        (source / "noise" / CLASSES[number % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+            source / "noise" / CLASSES[number % 3] / f"{number}.png"
+        )
+    rng.shuffle(paths := sorted((source / "photos").rglob("*.png")))
+    for place, path in enumerate(paths):  # labels that say nothing: the same as synthetic images that do not
+        path.rename(source / "photos" / CLASSES[place % 3] / f"{place}-{path.name}")
+    assert cli.main(["run", "photos", "--synthetic", "noise", "--out", "out", "--workers", "0"]) == 0
+    said = capsys.readouterr()
+    assert "the synthetic images show your classes" in said.err
+    assert json.loads(said.out)["changed"] == 0
+    assert (source / "out" / "report" / "report.html").exists()
+
+
+def test_classes_with_one_prompt_are_doubted(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("birds.yaml").write_text("hen: bird\nowl: bird\ncat: cat\n")
+    assert cli.main(["generate", "--classes", "birds.yaml", "--out", "g", "--model", "glyphs", "--per-class", "1"]) == 0
+    assert "warning: the classes hen, owl have one prompt, 'bird'" in capsys.readouterr().err
 
 
 def test_a_result_can_be_made_again_from_any_folder(
@@ -263,7 +354,9 @@ def test_dry_run_checks_and_writes_nothing(
     assert "model: not here" in capsys.readouterr().err
 
 
-def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedded_images_are_what_refine_takes(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--encoder", str(GLYPH_CLIP), "--device", "cpu", "--workers", "0"]
     assert cli.main(["generate", "--classes", "classes.yaml", "--out", "drawn", "--model", "glyphs"]) == 0
     assert cli.main(["embed", "photos", "--out", "real", *options]) == 0
@@ -271,25 +364,22 @@ def test_embedded_images_are_what_refine_takes(source: Path, capsys: pytest.Capt
     command = "refine --refiner anchored --features real/features.npy --given real/given.csv --out refined"
     synthetic = "--synthetic synthetic/features.npy --synthetic-labels synthetic/given.csv"
     assert cli.main([*command.split(), *synthetic.split()]) == 0
-    capsys.readouterr()
-    apply = ["apply", "refined", "--images", "photos", "--out", "new"]
-    assert cli.main(apply) == 3
-    message = (
-        "synth-refine: artifact: expected one with class names, .* that `embed` wrote as --classes, got none; .*\n"
-    )
-    assert re.fullmatch(message, capsys.readouterr().err)
-    shutil.rmtree("refined")
-    assert cli.main([*command.split(), *synthetic.split(), "--classes", "real/classes.yaml"]) == 0
-    assert cli.main(apply) == 0
+    assert cli.main(["apply", "refined", "--images", "photos", "--out", "new"]) == 0
     assert noise(source / "new") < noise(source / "photos") / 2
     assert cli.main(["revert", "refined", "--images", "new", "--out", "again"]) == 0
     assert content(source / "again") == content(source / "photos")
     Path("two.yaml").write_text("- A\n- O\n")
     assert cli.main([*command.split(), *synthetic.split(), "--classes", "two.yaml", "--dry-run"]) == 3
-    assert capsys.readouterr().err.endswith("synth-refine: classes: expected 3 names in two.yaml, got 2\n")
+    assert capsys.readouterr().err.endswith("by which the given labels are numbered, got 'A', 'O' in two.yaml\n")
     artifact = read_artifact(source / "refined")
     truth = np.array([int(Path(one).stem[-1]) for one in artifact.ids or []])
     assert (artifact.labels != truth).mean() < (artifact.given != truth).mean() / 2
+    Path("config.yaml").write_text(yaml.safe_dump({"encoder": str(GLYPH_CLIP), "workers": 0, "threshold": 0.5}))
+    monkeypatch.setattr("synth_refine._io.progress.LINE_SECONDS", 0.0)
+    capsys.readouterr()
+    assert cli.main(["embed", "photos", "--out", "same", "--config", "config.yaml", "--device", "cpu"]) == 0
+    assert re.search(r"^embedding: .*240/240 \[", capsys.readouterr().err, re.M)  # a line, since this is no terminal
+    assert Path("same/features.npy").read_bytes() == Path("real/features.npy").read_bytes()
     before = content(source)
     assert cli.main(["embed", "photos", "--out", "real", *options]) == 0  # the same again
     capsys.readouterr()

@@ -219,6 +219,30 @@ def test_nothing_changes_where_the_two_sides_contradict_each_other(data: Data, t
     assert summary.changed == 0
     assert any("nothing is changed: " in line for line in summary.warnings)
     assert data.anchored(tmp_path / "forced", synthetic_labels=shifted, force=True).changed > 50
+    said: list[str] = []
+    again = data.anchored(tmp_path / "out", synthetic_labels=shifted, say=said.append)  # nothing is left to do
+    assert (again.warnings, again.estimates, again.reused) == (summary.warnings, summary.estimates, again.shards)
+    assert tuple(said) == summary.warnings
+
+
+def test_no_row_that_can_be_scored_is_told_as_in_memory(data: Data, tmp_path: Path) -> None:
+    features = np.full_like(data.features, np.nan)
+    np.save(tmp_path / "features.npy", features)
+    summary = data.anchored(tmp_path / "out", features=tmp_path / "features.npy")
+    whole = front.refine(features, data.given, **data.synthetic)
+    assert summary.unscored == len(data.given) == whole.unscored
+    assert read_artifact(tmp_path / "out").action.tolist() == ["abstain"] * len(data.given)
+    assert summary.warnings == whole.diagnostics.warnings
+
+
+def test_no_threshold_is_too_high_and_one_class_has_no_second(data: Data, tmp_path: Path) -> None:
+    assert data.paper(tmp_path / "never", threshold=np.inf).changed == 0
+    assert read_artifact(tmp_path / "never").labels.tolist() == data.given.tolist()
+    np.save(tmp_path / "zeros.npy", data.given * 0)
+    one = {"prototypes": data.prototypes[:1], "given": tmp_path / "zeros.npy"}
+    data.paper(tmp_path / "one", **one)
+    whole = refine_labels(data.features, None, data.prototypes[:1], 0.4)
+    np.testing.assert_allclose(columns(tmp_path / "one")["margin"], whole.margin, rtol=1e-5)
 
 
 def test_labels_in_another_order_are_refused(data: Data, tmp_path: Path) -> None:
@@ -323,7 +347,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_written(
     run = getattr(data, refiner)
     run(tmp_path)
     expected = content(tmp_path)
-    with pytest.raises(InputError, match=f"out: expected the settings that .* was begun with, got another {name}: "):
+    with pytest.raises(InputError, match=f"out: expected the settings .* begun with, got (another|other) {name}: "):
         run(tmp_path, **change)
     assert content(tmp_path) == expected
 
@@ -334,10 +358,10 @@ def test_inputs_that_have_changed_since_and_another_refiner_are_refused(data: Da
     expected = content(tmp_path / "out")
     with pytest.raises(InputError, match="got another refiner"):
         data.anchored(tmp_path / "out")
-    with pytest.raises(InputError, match="got another prototypes"):
+    with pytest.raises(InputError, match="got other prototypes"):
         data.paper(tmp_path / "out", features=tmp_path / "features.npy", prototypes=2 * data.prototypes[::-1])
     np.save(tmp_path / "features.npy", data.features[:, ::-1])
-    with pytest.raises(InputError, match="got another features|given: expected labels of these"):
+    with pytest.raises(InputError, match="got other features|given: expected labels of these"):
         data.paper(tmp_path / "out", features=tmp_path / "features.npy")
     assert content(tmp_path / "out") == expected
 
@@ -370,6 +394,12 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
         ({"prototypes": None}, "synthetic_features: expected features of synthetic images, or prototypes, got neither"),
         ({"second_view": "logits.npy"}, "second_view: the paper refiner has no use for it"),
         ({"force": True}, "force: the paper refiner has no use for it"),
+        ({"seed": 1}, "seed: the paper refiner over shards has no use for it"),
+        ({"rounds": 3}, "rounds: the paper refiner over shards has no use for it"),
+        ({"address": "head:6379"}, "address: expected None without engine ray, got 'head:6379'"),
+        ({"num_classes": 7}, r"prototypes: expected shape \(7, D\), got \(6, 8\)"),
+        ({"synthetic_labels": np.arange(6)}, "synthetic_labels: expected them beside synthetic_features"),
+        ({"features": "mixed"}, "features: expected .npy or .parquet files in .*, got both: 0.npy and 0.parquet"),
         ({"engine": "spark"}, "engine: expected local or ray, got 'spark'"),
         ({"shard_rows": 0}, "shard_rows: expected at least 1, got 0"),
         ({"refiner": "anchored"}, "prototypes: the anchored refiner has no use for it"),
@@ -380,7 +410,10 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
 def test_bad_inputs_are_named_in_one_line(change: dict[str, Any], message: str, data: Data, tmp_path: Path) -> None:
     np.save(data.root / "short.npy", data.given[:-1])
     np.save(data.root / "high.npy", data.given * 0 + CLASSES)
-    (data.root / "nothing").mkdir(exist_ok=True)
+    for name in ("nothing", "mixed"):
+        (data.root / name).mkdir(exist_ok=True)
+    for name in ("0.npy", "0.parquet"):
+        (data.root / "mixed" / name).touch()
     for name in ("features", "given", "logits", "second_view"):
         if name in change:
             change = {**change, name: data.root / change[name]}

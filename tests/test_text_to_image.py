@@ -192,10 +192,10 @@ def test_a_finished_set_needs_no_model(tiny: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"templates": ["A painting of {category}."]}, "got another templates"),
-        ({"classes": {"cat": "cat", "dog": "dog"}}, "got another classes"),
+        ({"templates": ["A painting of {category}."]}, "got other templates"),
+        ({"classes": {"cat": "cat", "dog": "dog"}}, "got other classes"),
         ({"seed": 1}, "got another seed: 1 for 0"),
-        ({"per_class": 2}, "got another per_class: 2 for 1"),
+        ({"per_class": 2}, "got other per_class: 2 for 1"),
         ({"generator": Glyphs(16)}, "got another generator"),
     ],
 )

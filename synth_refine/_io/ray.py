@@ -31,12 +31,14 @@ PASSED_ON = (InputError, OSError, ImportError)
 """What a user can do something about; all else is a fault of ours and comes with Ray's traceback."""
 
 
-def check_engine(engine: str) -> None:
-    """Refuse an unknown engine, or Ray where it is not installed."""
+def check_engine(engine: str, address: str | None = None) -> None:
+    """Refuse an unknown engine, Ray where it is not installed, or the address of a cluster without Ray."""
     if engine not in ENGINES:
         raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
     if engine == "ray" and find_spec("ray") is None:
         raise InputError(MISSING)
+    if engine != "ray" and address is not None:
+        raise InputError(f"address: expected None without engine ray, got {address!r}")
 
 
 def on_cluster(

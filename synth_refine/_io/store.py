@@ -2,7 +2,7 @@
 
     settings.json     what the files depend on; a folder that was begun with others is refused by their name
     manifest.jsonl    a line per file with its SHA-256 and what is known of it, written last
-    .journal-*.jsonl  the same lines while work goes on, one journal per process
+    .journal-*.jsonl  the same lines while work is under way, one journal per process
 
 Each line has a checksum of its own, so that a damaged line costs the work on its file and nothing else.
 """
@@ -35,6 +35,7 @@ class Store:
         """A store of what lies in `root`, whose lines go into the journal of this number."""
         self.root, self.part = root, part
         self.entries: dict[str, Entry] = {}
+        self._listed: set[str] = set()  # names that a line of the manifest or of a journal has
         self._load()
 
     def done(self, name: str) -> Entry | None:
@@ -80,7 +81,9 @@ class Store:
     def compact(self) -> None:
         """Bring all journals into one, without the half lines of killed processes."""
         if journals := self._journals():
-            write_file(self.root / ".journal-0.jsonl", b"".join(_line(*pair) for pair in self.entries.items()))
+            dropped = sorted(self._listed - self.entries.keys())
+            lines = [*self.entries.items(), *((name, {"dropped": True}) for name in dropped)]
+            write_file(self.root / ".journal-0.jsonl", b"".join(_line(*one) for one in lines))
             for journal in journals[1:] if journals[0].name == ".journal-0.jsonl" else journals:
                 journal.unlink()
 
@@ -93,6 +96,7 @@ class Store:
             for line in path.read_bytes().split(b"\n") if path.exists() else ():
                 content = _checked(line)
                 if content is not None and isinstance(name := content.pop("file", None), str):
+                    self._listed.add(name)
                     if content.pop("dropped", False):
                         self.entries.pop(name, None)
                     else:
@@ -171,16 +175,26 @@ def check_settings(root: Path, settings: Mapping[str, Any], resumable: frozenset
         if other := next((path.name for path in found if not path.name.startswith(".")), None):
             raise InputError(f"{name}: expected a new or empty folder, but {root} holds {other}; take another folder")
         return
+    for key, (old, new) in differing(root, settings, name).items():
+        if key not in resumable:
+            raise InputError(
+                f"{name}: expected the settings that {root} was begun with, got "
+                f"{'other' if key.endswith('s') else 'another'} {key}: {new[:80]} for "
+                f"{old[:80]}; take another folder, or delete that one to start afresh"
+            )
+
+
+def differing(root: Path, settings: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
+    """The settings in which a folder was begun otherwise, as JSON before and now; none where it was not begun."""
+    place = root / "settings.json"
+    if not place.exists():
+        return {}
     before = (_checked(place.read_bytes()) or {}).get("settings")
     if not isinstance(before, dict):
         raise InputError(f"{name}: {place} is damaged; take another folder, or delete that one to start afresh")
-    for key in [*settings, *(before.keys() - settings)]:
-        old, new = (json.dumps(one.get(key)) for one in (before, settings))  # as text: the order of classes counts
-        if key not in resumable and old != new:
-            raise InputError(
-                f"{name}: expected the settings that {root} was begun with, got another {key}: {new[:80]} for "
-                f"{old[:80]}; take another folder, or delete that one to start afresh"
-            )
+    keys = [*settings, *(before.keys() - settings)]
+    pairs = {key: (json.dumps(before.get(key)), json.dumps(settings.get(key))) for key in keys}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}  # as text: the order of classes counts
 
 
 def _line(name: str, content: Mapping[str, Any]) -> bytes:

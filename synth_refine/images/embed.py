@@ -5,11 +5,13 @@ Letters in shapes: N images, D features.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
+from synth_refine._io.progress import progress as count_on_stderr
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
 from synth_refine._io.untrusted import read_npy
@@ -107,9 +110,9 @@ def embed_images(
 def embed_folder(encoder: Encoder, images: Images, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     """Write the features of images and what belongs to them into a folder, as `synth-refine refine` takes them.
 
-    The folder holds features.npy, (N, D), NaN for images that could not be decoded; given.csv, ids and labels of the
-    same rows; classes.yaml; bad.csv, why an image could not be decoded; and what a store keeps. Called again, it
-    resumes; other images, labels, classes or another encoder are refused.
+    The folder holds features.npy, (N, D), NaN for images that could not be decoded; given.csv, ids, labels and class
+    names of the same rows; classes.yaml; bad.csv, why an image could not be decoded; and what a store keeps. Called
+    again, it resumes; other images, labels, classes or another encoder are refused.
 
     Args:
         encoder: See `embed_images`.
@@ -124,7 +127,8 @@ def embed_folder(encoder: Encoder, images: Images, out: str | os.PathLike[str], 
         InputError: As `embed_images`, or the folder holds something else or other features.
     """
     job = Embedding(encoder, images, None, **options)
-    given = csv_bytes({"id": images.ids, "label": images.labels.tolist()})
+    names = [images.classes[label] for label in images.labels]
+    given = csv_bytes({"id": images.ids, "label": images.labels.tolist(), "class": names})
     settings = {**job.settings, "given": hashlib.sha256(given).hexdigest(), "classes": list(images.classes)}
     with open_store(out, settings) as store:
         features = job.fill(store)
@@ -177,7 +181,7 @@ class Embedding:
         make: Callable[..., Encoder] | None = None,
         device: str = "cuda",
     ) -> None:
-        check_engine(engine)
+        check_engine(engine, address)
         if engine == "ray" and make is None:
             raise InputError("make: expected what builds the encoder on a node of the cluster, got None")
         self.encoder, self.images, self.make, self.device = encoder, images, make, device
@@ -211,10 +215,10 @@ class Embedding:
             InputError: As `embed_images`.
         """
         compute = self._here if self.engine == "local" else self._on_ray
-        with tqdm(total=len(self.images.ids), desc=self.progress, unit="image", disable=None, leave=False) as bar:
+        with count_on_stderr(len(self.images.ids), self.progress) as bar:
 
             def counted(missing: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-                bar.update(len(self.images.ids) - sum(len(self.batches[number]) for number in missing))
+                bar.initial = bar.n = len(self.images.ids) - sum(len(self.batches[number]) for number in missing)
                 for number, features in compute(missing):
                     bar.update(len(features))
                     yield number, features
@@ -231,6 +235,7 @@ class Embedding:
         return {row: why_bad(self.images, row, self.preprocess, self.size) for row in rows}
 
     def _here(self, missing: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        _keep_freed_memory()
         dataset = Batches(self.images.read, [self.batches[number] for number in missing], self.preprocess, self.size)
         loader = DataLoader(dataset, batch_size=None, num_workers=min(self.workers, len(missing)))
         for number, (pixels, good) in zip(missing, loader, strict=True):
@@ -248,6 +253,18 @@ class Embedding:
         task = partial(decoded_shard, preprocess=self.preprocess, size=self.size)
         actor = partial(embedder, self.make, self.id)
         yield from on_cluster(work, task, self.address, actor=actor, device=self.device)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the buffers of a batch for the next one: to give them back costs a page fault per 4 KiB of them.
+
+    Two thirds of the time of a small network went into those. Other C libraries have no such call.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 1 << 30
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, most)
+        libc.mallopt(trim_threshold, most)
 
 
 def _shifted(rows: range, by: int) -> range:

@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
+from synth_refine._io.progress import progress
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine.images.listing import Images
 from synth_refine.images.readers import ParquetRows, Reader, part_of
@@ -54,11 +54,11 @@ def content_hashes(
     Raises:
         InputError: For ray: it is missing, or a node cannot read an image that can be read here.
     """
-    check_engine(engine)
+    check_engine(engine, address)
     count = len(images.ids)
     found = [""] * count
     shards = [range(count)[start : start + shard_rows] for start in range(0, count, shard_rows)]
-    with tqdm(total=count, desc="scanning", unit="image", disable=None, leave=False) as bar:
+    with progress(count, "scanning") as bar:
         if engine == "local" or len(shards) == 1:
             for row, one in enumerate(_hashes(images.read, count, threads)):
                 found[row] = one

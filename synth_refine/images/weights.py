@@ -160,5 +160,6 @@ def _unfetched(model: str, weights: object, error: Exception) -> str:
     why = UNREACHABLE if not_in_cache(error) else _first_line(error)
     return (
         f"weights: those of {model}{tag} cannot be had here: {why}; fetch the safetensors file of {source} from the "
-        f"Hugging Face hub elsewhere and give its path as `weights`, or name a local folder as the encoder"
+        f"Hugging Face hub elsewhere and give its path as --weights (`weights` in Python), or name a "
+        f"local folder as the encoder"
     )

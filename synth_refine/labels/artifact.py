@@ -2,7 +2,7 @@
 
     labels.npy   the refined labels, (N,) int64
     changes.csv  one row per image that is not kept as it is: id, old, new, action, confidence, margin, reason and,
-                 where that is scored, no_class
+                 where they are known, no_class and the class names old_class and new_class
     ids.csv      the id of every row, where the given labels came with ids
     run.json     hashes of the inputs and of the files above, settings, seed, versions
 
@@ -179,7 +179,10 @@ class Artifact:
         if np.isfinite(self.no_class).any():
             columns["no_class"] = self.no_class
         ids = rows.tolist() if self.ids is None else [self.ids[row] for row in rows]
-        return {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
+        table = {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
+        if classes := self.classes:
+            table |= {f"{name}_class": [classes[label] for label in table[name]] for name in ("old", "new")}
+        return table
 
 
 def record(

@@ -164,9 +164,11 @@ def _cleanlab(rows: Rows) -> bytes:
             "labels: expected an artifact, since a table of issues holds the given labels too, got an array"
         )
     changed = artifact.given != artifact.labels
+    # What is known stands against the given label where another one is proposed, and for it where it is kept; of a kept
+    # label the files of an artifact hold nothing, and its cell is empty. A removed image has no right label.
+    doubted, known = artifact.action != "keep", np.clip(artifact.confidence, 0, 1)
     removed = artifact.action == "remove"
-    # The confidence in the new label stands against the given one; a kept label has nothing against it.
-    quality = np.where(changed, 1 - np.clip(np.nan_to_num(artifact.confidence, nan=1.0), 0, 1), 1.0 - removed)
+    quality = np.where(removed, 0.0, np.where(doubted, 1 - known, known))
     return csv_bytes(
         {
             "id": rows.named(),
@@ -216,7 +218,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "cifar-n": Format(
         _pt,
-        "start with --noise_path {path} --is_human and the noise type of {key}; else labels are drawn anew",
+        "start with --noise_path {path} --is_human and the noise type of {key}; else labels are sampled anew",
         count=50_000,
         name=r".+\.pt",
         name_text="a .pt file",

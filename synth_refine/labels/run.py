@@ -63,6 +63,9 @@ def versions() -> dict[str, str]:
 def read_run(root: Path) -> dict[str, Any]:
     if not (root / "run.json").exists() and (root / "refined" / "run.json").exists():
         raise InputError(f"artifact: {root} is the result of a run; its artifact is {root / 'refined'}")
+    if root.is_file():
+        what = "; `synth-refine review` makes one of decisions" if root.suffix.lower() == ".csv" else ""
+        raise InputError(f"artifact: expected the folder of one, got the file {root}{what}")
     with open_plain("artifact", root / "run.json") as file:
         data = file.read()
     try:

@@ -23,7 +23,7 @@ import numpy as np
 from synth_refine._io.atomic import TEMPORARY, file_hash, locked, sync_folder, write_atomic
 from synth_refine._io.check import InputError, check_folder_name
 from synth_refine._io.csv import check_unique, read_csv
-from synth_refine._io.error import WrongBase
+from synth_refine._io.error import WrongBase, WrongIds
 from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, record
@@ -89,6 +89,22 @@ def revert_tree(
     return _write(artifact, source, out, link=link, dry_run=dry_run, undo=True)
 
 
+def verify_tree(artifact: Artifact, source: str | os.PathLike[str]) -> None:
+    """Check that a folder per class or a .csv table is what `apply_tree` writes: each image, its place and its bytes.
+
+    Raises:
+        WrongBase: Images with other labels than the refined ones, or another content.
+        WrongIds: Other images.
+        InputError: Another kind of source.
+    """
+    old = Path(source)
+    if old.is_file() and old.suffix.lower() == ".csv":
+        found = open_images(old, _classes(artifact))
+        artifact.revert(found.labels, found.ids)
+    else:
+        _found(artifact, old, undo=True)
+
+
 def new_places(artifact: Artifact) -> list[str]:
     """Where every image of a folder per class goes, relative to the new folder, in the order of the ids.
 
@@ -139,50 +155,72 @@ def _write(
         raise InputError(f"out: expected an existing folder {new.parent} to write {new.name} into, got none")
     if old.is_file() and old.suffix.lower() == ".csv":
         return _write_table(artifact, old, new, dry_run, undo)
-    ids, classes = _ids(artifact), _classes(artifact)
-    found = open_images(old, classes) if old.is_dir() else None
-    if found is None or {found.kind, artifact.run["settings"].get("source", "folder")} != {"folder"}:
-        raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
     if new.resolve().is_relative_to(old.resolve()):
         raise InputError(f"out: expected a folder outside {old}, got {new}")
-    before, after = ids, new_places(artifact)
-    if undo:
-        before, after = after, before
-    back = dict(zip(before, ids, strict=True))
-    names, labels, hashes = [back.get(one, one) for one in found.ids], found.labels, content_hashes(found)
-    unscored, present = _unscored(artifact), set(names)
-    removed = [row for row in artifact.removed.tolist() if undo or ids[row] in present]
     aside = (old if undo else new).absolute()
     aside = aside.with_name(f"{aside.name}.removed")
-    if undo and removed:
-        missing = [ids[row] for row in removed if not (aside / ids[row]).is_file()]
-        lost = [one for one in missing if one not in unscored]
-        if lost:
-            raise InputError(f"images: expected the {len(removed)} removed ones in {aside}, got no {lost[0]}")
-        removed = [row for row in removed if ids[row] not in missing]
-        names += [ids[row] for row in removed]
-        labels = np.concatenate([labels, artifact.given[removed]])
-        hashes += [file_hash(aside / ids[row]) for row in removed]
-    expected = _without(artifact, unscored - set(names))
-    expected.rows_of(names)  # says which images are too many before it is said that their number is wrong
-    _ = expected.revert(labels, names) if undo else expected.apply(labels, names)
-    _check_contents(artifact, dict(zip(names, hashes, strict=True)))
-    left, present = set(removed), set(found.ids)
-    pairs = enumerate(zip(before, after, strict=True))
-    moves = {old / here: there for row, (here, there) in pairs if row not in left and here in present}
-    gone = {(aside if undo else old) / ids[row]: ids[row] for row in removed}
+    places, removed = _found(artifact, old, undo=undo, aside=aside)
+    moves = {old / here: there for here, there in places.items()}
+    gone = {(aside if undo else old) / one: one for one in removed}
     # Notes and files of other kinds stay where they are.
     others = [path for path in sorted(old.rglob("*")) if path.is_file() and path not in moves and path not in gone]
     moves |= {path: path.relative_to(old).as_posix() for path in others} | (gone if undo else {})
     if len(set(moves.values())) < len(moves):
         raise InputError(f"images: expected names that are free in {old}, but a file is where an image has to go")
-    folders = [name for name in classes if (old / name).is_dir() or (undo and (aside / name).is_dir())]
+    folders = [name for name in _classes(artifact) if (old / name).is_dir() or (undo and (aside / name).is_dir())]
     ready = not undo and bool(gone) and _holds(aside, gone)
     if not dry_run:
         if gone and not undo and not ready:
             _copy(aside, gone, [], link)
         _copy(new, moves, folders, link)
     return new
+
+
+def _found(artifact: Artifact, old: Path, *, undo: bool, aside: Path | None = None) -> tuple[dict[str, str], list[str]]:
+    """Where each image of a folder goes, and those that are removed or, with `undo`, brought back from `aside`.
+
+    Checks that the images are those of the artifact, as before `apply` or, with `undo`, as after it. Without `aside`
+    nobody asks for the removed ones.
+    """
+    ids, classes = _ids(artifact), _classes(artifact)
+    found = open_images(old, classes) if old.is_dir() else None
+    if found is None or {found.kind, artifact.run["settings"].get("source", "folder")} != {"folder"}:
+        raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
+    before, after = ids, new_places(artifact)
+    if undo:
+        before, after = after, before
+    there, unscored = set(found.ids), _unscored(artifact)
+    gone = {ids[row]: row for row in artifact.removed.tolist()}
+    expected, other = set(before), set(after)
+    if undo:
+        expected -= set(gone)
+    else:
+        other -= set(gone)
+    if there != expected and there == other:
+        raise WrongBase(
+            f"images: expected them where apply puts them, but {old} holds them as given: not applied yet?"
+            if undo
+            else f"images: expected them as given, but {old} holds them where apply puts them: already applied?"
+        )
+    if undo and (lost := sorted(expected - there - unscored)):
+        raise WrongIds(f"images: expected every image of {old} where apply puts it, got none at {lost[0]}")
+    back = dict(zip(before, ids, strict=True))
+    names, labels, hashes = [back.get(one, one) for one in found.ids], found.labels, content_hashes(found)
+    removed = [] if undo else [one for one in gone if one in there]
+    if undo and aside is not None:
+        removed = [one for one in gone if one not in unscored or (aside / one).is_file()]
+        if lost := [one for one in removed if not (aside / one).is_file()]:
+            raise InputError(f"images: expected the {len(gone)} removed ones in {aside}, got no {lost[0]}")
+        names += removed
+        labels = np.concatenate([labels, artifact.given[[gone[one] for one in removed]]])
+        hashes += [file_hash(aside / one) for one in removed]
+    absent = unscored if not undo or aside is not None else unscored | set(gone)
+    part = _without(artifact, absent - set(names))
+    part.rows_of(names)  # says which images are too many before it is said that their number is wrong
+    _ = part.revert(labels, names) if undo else part.apply(labels, names)
+    if absent <= unscored:  # or else the hash of all of them is not to be had
+        _check_contents(artifact, dict(zip(names, hashes, strict=True)))
+    return {here: to for here, to in zip(before, after, strict=True) if here in there and here not in removed}, removed
 
 
 def _holds(folder: Path, files: dict[Path, str]) -> bool:

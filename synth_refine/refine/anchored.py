@@ -9,11 +9,11 @@ Tried on CIFAR-10 (MobileNetV2 features, 100 synthetic images per class) and lef
 
 * One pair of heads trained on from round to round instead of anew: it keeps what it learned from early, wrong
   posteriors (.264 wrong for .235 at 70 % PMD).
-* The sharpness of the prototypes by the likelihood of the given labels: it asks for softer ones, which lets the
+* The temperature of the prototypes by the likelihood of the given labels: it asks for softer ones, which lets the
   systematic part of the noise lead (.287 for .241 at 70 % PMD).
 * Transition matrices per level of the heads' confidence, or tilted towards look-alike classes by the heads: no file
   gained (.226 for .223 at 70 % PMD, .161 for .158 at 35 %).
-* A second view's features beside the first's instead of its answers: .15 to .19 for .09 on the digits.
+* A second view's features beside the first's instead of its logits: .15 to .19 for .09 on the digits.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def refine_anchored(
         num_classes: C; by default the largest synthetic label plus one.
         text_prototypes: Text features of the classes by the same encoder, (C, D).
         second_view: Logits, (N, C), of a classifier that sees the images otherwise than through `features`, best
-            cross-validated. It is heard as one more annotator. Finite, but where the features are not.
-        threshold: Smallest posterior of the new class that a change needs, in [0, 1]; "auto" calibrates one per class
-            for nine right changes in ten; None asks for none.
+            cross-validated. It counts as one more annotator. Finite, but where the features are not.
+        threshold: Smallest posterior of the new class that a change needs, from 0 to 1 (down to -1 is taken, and asks
+            for none); "auto" calibrates one per class for nine right changes in ten; None asks for none.
         force: Change labels although a check advises against it.
         seed: Same seed, inputs and thread count, same result; not negative.
         rounds: Most rounds of expectation maximisation.

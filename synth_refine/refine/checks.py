@@ -27,7 +27,7 @@ from synth_refine._io.check import (
 )
 
 INDEPENDENT = 4.0
-"""Standard deviations above shuffled rows below which labels and opinion count as independent."""
+"""Standard deviations above shuffled rows below which labels and prototypes count as independent."""
 
 ROWS_PER_CLASS = 20
 """Rows per class below which the row-order test cannot tell noisy from independent."""
@@ -43,14 +43,18 @@ EXCHANGED = 1.8
 """How many times as often as its own label a class carries the next one's, all round a cycle, where classes are
 numbered otherwise. On CIFAR-10 at most 1.45 for 70 % PMD noise, and 2.2 and more where two classes are exchanged."""
 
-GAP_ROWS = 5000  # of each side, between which a line is drawn
+GAP_ROWS = 5000  # of each side, that a line is to separate
 
 AGREEING = 3.0
-"""Standard deviations above shuffled rows below which labels and opinion agree no more often than by chance.
+"""Standard deviations above shuffled rows below which labels and prototypes agree no more often than by chance.
 
 On CIFAR-10 the published label files, up to 70 % PMD noise, and 70 % uniform noise have 100 and more; with rows in
 another order, or synthetic classes numbered the other way round, they have 2 or less.
 """
+
+
+class Unrelated(InputError):
+    """Given labels that have nothing to do with what synthetic images say of the real ones."""
 
 
 def domain_gap(features: Array, synthetic_features: Array) -> float:
@@ -90,7 +94,7 @@ def domain_gap(features: Array, synthetic_features: Array) -> float:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Whether given labels and an opinion about the same images depend on each other.
+    """Whether given labels and what prototypes say of the same images depend on each other.
 
     Attributes:
         agreement: Fraction of rows where both name the same class. Not tested: systematic flips push it below chance.
@@ -116,10 +120,10 @@ def row_order(given: Array, predictions: Array, num_classes: int) -> RowOrder:
         num_classes: C.
 
     Example:
-        >>> opinion = np.arange(1000) % 4
-        >>> row_order((opinion + 1) % 4, opinion, 4).independent
+        >>> nearest = np.arange(1000) % 4
+        >>> row_order((nearest + 1) % 4, nearest, 4).independent
         False
-        >>> row_order(np.random.default_rng(0).permutation(opinion), opinion, 4).independent
+        >>> row_order(np.random.default_rng(0).permutation(nearest), nearest, 4).independent
         True
     """
     check_labels("given", given, num_classes)
@@ -153,20 +157,20 @@ def check_row_order(given: Array, predictions: Array, num_classes: int) -> RowOr
     """`row_order`, but independent labels are an error.
 
     Raises:
-        InputError: The labels are independent of the images.
+        Unrelated: The labels are independent of the images.
     """
     result = row_order(given, predictions, num_classes)
     if result.independent:
-        raise InputError(
+        raise Unrelated(
             f"given: expected labels of these images in this order, got labels independent of what the prototypes say "
             f"(agreement {result.agreement:.3f}, {result.score:.1f} deviations above shuffled rows); "
-            f"check the row order and the data set"
+            f"check the row order, the data set and what the synthetic images show"
         )
     return result
 
 
 def agreement_doubt(given: Array, predictions: Array, num_classes: int) -> str:
-    """One line for people where labels and opinion agree no more often than by chance; empty where they do.
+    """One line for people where labels and prototypes agree no more often than by chance; empty where they do.
 
     `row_order` finds labels that have nothing to do with the images. This finds also classes whose numbers mean
     different things on both sides; since flips of every label to another class look the same, it is a doubt and no
@@ -178,10 +182,10 @@ def agreement_doubt(given: Array, predictions: Array, num_classes: int) -> str:
         num_classes: C.
 
     Example:
-        >>> opinion = np.arange(1000) % 4
-        >>> agreement_doubt(opinion, opinion, 4)
+        >>> nearest = np.arange(1000) % 4
+        >>> agreement_doubt(nearest, nearest, 4)
         ''
-        >>> agreement_doubt(3 - opinion, opinion, 4)[:79]
+        >>> agreement_doubt(3 - nearest, nearest, 4)[:79]
         'given labels and nearest prototypes name the same class for 0.0% of the images,'
     """
     check_labels("given", given, num_classes)
@@ -216,7 +220,7 @@ def prototype_classes(
 ) -> NDArray[np.int64]:
     """The nearest prototype of each image by cosine, each domain centred on its own mean, in chunks, (N,) int64.
 
-    This is the opinion that `row_order` compares the given labels with. A row that is not finite gets class 0.
+    `row_order` compares the given labels with them. A row that is not finite gets class 0.
     """
     check_array("features", features, ("N", "D"))
     check_array("synthetic_features", synthetic_features, ("M", features.shape[1]))
@@ -230,11 +234,11 @@ def prototype_classes(
     for start in range(0, features.shape[0], step):
         center += float_tensor(features[start : start + step], torch.float64, cpu).nan_to_num(0, 0, 0).sum(dim=0)
     mean = (center / max(features.shape[0], 1)).float()
-    answers = np.empty(features.shape[0], dtype=np.int64)
+    found = np.empty(features.shape[0], dtype=np.int64)
     for start in range(0, features.shape[0], step):
         chunk = float_tensor(features[start : start + step], torch.float32, cpu).nan_to_num(0, 0, 0) - mean
-        answers[start : start + step] = (F.normalize(chunk, dim=1) @ directions).argmax(dim=1).numpy()
-    return answers
+        found[start : start + step] = (F.normalize(chunk, dim=1) @ directions).argmax(dim=1).numpy()
+    return found
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ def safe_odds(probs: Tensor, posterior: Tensor, given: Tensor, honesty: float, m
     if not len(rows):
         return min_odds, 0.0
     modest = tempered(probs, CAUTION * honesty)
-    belief = bayes(modest, fit_transition(modest, given, MODEST_STEPS), given)[rows]
-    gain = (belief.gather(1, winner[rows, None]) - belief.gather(1, given[rows, None]))[:, 0]
+    doubtful = bayes(modest, fit_transition(modest, given, MODEST_STEPS), given)[rows]
+    gain = (doubtful.gather(1, winner[rows, None]) - doubtful.gather(1, given[rows, None]))[:, 0]
     order = odds[rows].argsort(descending=True, stable=True)
     total = gain[order].double().cumsum(dim=0)
     if not bool((total > 0).any()):

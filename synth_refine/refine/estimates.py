@@ -3,7 +3,7 @@
 Two extreme readings of the same data bound the truth: the given label depends on the true class alone (then the
 posterior holds), or on what the image shows alone (then the probabilities without the given label hold). How far the
 truth lies between them is read from two things. Noise that follows the image grows steadily from surely to hardly
-recognised images, while the errors of the heads do so in a bend. And wrong labels of surely recognised images, which
+classified images, while the errors of the heads do so in a bend. And wrong labels of surely classified images, which
 are plain to see, follow either the class or the image's own runner-up.
 
 Letters in shapes: N images, C classes, n images of the surer half.
@@ -157,7 +157,7 @@ def _trend(probs: Tensor, posterior: Tensor, given: Tensor) -> float:
 
 
 def _directed(probs: Tensor, by_given: Tensor, given: Tensor) -> float:
-    """Share of the wrong labels of surely recognised images that follow the image and not its class alone, in [0, 1].
+    """Share of the wrong labels of surely classified images that follow the image and not its class alone, in [0, 1].
 
     In the surer half of the images a wrong label has one of two sources: the rest of the transition matrix, or the
     image's own runner-up odds. The share of the second is fitted by expectation maximisation.

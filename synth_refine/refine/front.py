@@ -5,7 +5,7 @@ Letters in shapes: N real images, M synthetic images, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,26 +25,21 @@ from synth_refine._io.check import (
     is_auto,
     label_tensor,
 )
-from synth_refine.refine.anchored import CHUNK_ELEMENTS, checked_synthetic, refine_anchored
+from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_options, checked_synthetic, refine_anchored
 from synth_refine.refine.checks import agreement_doubt, check_row_order, domain_gap, prototype_classes
 from synth_refine.refine.heads import fold_logits
+from synth_refine.refine.options import REFINERS, USER_OF
 from synth_refine.refine.paper import refine_labels
 from synth_refine.refine.prototypes import class_prototypes
-from synth_refine.refine.result import CPU, Refinement
+from synth_refine.refine.result import CPU, Reason, Refinement
 from synth_refine.refine.rows import array_reader, fit_frame, rows_in_memory
-from synth_refine.refine.solve import label_heads
+from synth_refine.refine.solve import AnchoredDiagnostics, label_heads
 from synth_refine.refine.thresholds import paper_thresholds
 
-REFINERS = ("anchored", "paper")
 HEAD_EPOCHS = 8  # of the heads on the given labels, for the paper's rule
 ORDER_ROWS = 50_000  # rows that the cheap checks look at
 WIDE_GAP = 0.99  # domain gap from which on a warning says so
 NEEDED = {"anchored": ("synthetic_features", "synthetic_labels"), "paper": ()}
-UNUSED = {
-    "anchored": {"prototypes": None, "logits": None, "head": None, "weight": None, "strict": False},
-    "paper": {"text_prototypes": None, "second_view": None, "force": False},
-}
-"""Options that a refiner has no use for, and how they look when they are not given."""
 
 
 def default_refiner(synthetic_features: object) -> str:
@@ -64,12 +59,14 @@ def check_use(refiner: str, values: Mapping[str, Any]) -> None:
     """
     if refiner not in REFINERS:
         raise InputError(f"refiner: expected {' or '.join(REFINERS)}, got {refiner!r}")
-    for name, absent in UNUSED[refiner].items():
-        if values.get(name, absent) is not absent:
+    for name, user in USER_OF.items():
+        if user != refiner and not (values.get(name) is None or values[name] is False):
             raise InputError(f"{name}: the {refiner} refiner has no use for it")
     for name in NEEDED[refiner]:
         if values[name] is None:
             raise InputError(f"{name}: the {refiner} refiner needs it")
+    if values["synthetic_labels"] is not None and values["synthetic_features"] is None:
+        raise InputError("synthetic_labels: expected them beside synthetic_features alone, got no such features")
 
 
 def check(
@@ -127,6 +124,7 @@ def refine(
     force: bool = False,
     seed: int = 0,
     progress: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Refinement:
     """Refine given labels by whatever evidence there is.
 
@@ -140,8 +138,10 @@ def refine(
         logits: For the paper's rule: classifier outputs, (N, C). Where there are none, but synthetic features, small
             heads are trained on the given labels; without those the score is the cosine.
         num_classes: C; by default the largest synthetic label plus one, or the number of prototypes.
-        threshold: Smallest score of a new label. None asks for none with the anchored refiner, and calibrates with the
-            paper's rule; "auto" calibrates; a number, or for the paper's rule one per class.
+        threshold: Smallest score of a new label: a number, or "auto" to calibrate one per class on the synthetic
+            images. With the anchored refiner it is a posterior in [0, 1], and None asks for none. With the paper's rule
+            it may be one number per class, None is "auto", and a number is needed where there are no synthetic features
+            or where there are logits, since those of the synthetic images are not known.
         weight: For the paper's rule: weight of the cosine, by default 0.5.
         strict: For the paper's rule: refuse images that cannot be scored.
         text_prototypes: For the anchored refiner: text features of the classes, (C, D).
@@ -149,6 +149,8 @@ def refine(
         force: For the anchored refiner: change labels although a check advises against it.
         seed: Same seed, same result.
         progress: Show a progress bar on stderr.
+        say: Called with every doubt: those about the evidence before the work, the others after it. The diagnostics of
+            the result hold them too, as `warnings`.
 
     Raises:
         InputError: Evidence that does not fit together, is missing, or that the refiner has no use for.
@@ -158,7 +160,12 @@ def refine(
     about: dict[str, Any] = {"synthetic_features": synthetic_features, "synthetic_labels": synthetic_labels}
     if refiner == "paper" and logits is None and synthetic_features is None and weight not in (None, 1):
         raise InputError(f"weight: expected 1 where there is no classifier, got {weight}")
+    check_options(None, seed=seed)
+    if refiner == "paper" and (synthetic_features is None or logits is not None) and seed:
+        raise InputError(f"seed: nothing is drawn without heads that are trained here, expected 0, got {seed}")
     doubts = check(features, given, **about, prototypes=prototypes, num_classes=num_classes)
+    for doubt in doubts:
+        say(doubt)
     if refiner == "anchored":
         result = refine_anchored(
             features,
@@ -183,7 +190,28 @@ def refine(
                 "threshold: expected a number, since calibrating one takes synthetic features and no logits"
             )
         result = refine_labels(features, logits, prototypes, limits, weight=half, strict=strict)
+    for warning in result.diagnostics.warnings:
+        say(warning)
     return replace(result, diagnostics=replace(result.diagnostics, warnings=doubts + result.diagnostics.warnings))
+
+
+def unchanged(given: NDArray[np.int64], num_classes: int, say: Callable[[str], object]) -> Refinement:
+    """No change, where labels that came with their images have nothing to do with what synthetic images say of them.
+
+    Args:
+        given: Given labels, (N,).
+        num_classes: C.
+        say: Called with the reason, which the diagnostics hold too.
+    """
+    doubt = (
+        "nothing is changed: the given labels have nothing to do with what the synthetic images say of the images; do "
+        "the synthetic images show your classes (look at some), and does the encoder know them?"
+    )
+    say(doubt)
+    nothing, about = np.full(len(given), np.nan), AnchoredDiagnostics(warnings=(doubt,))
+    reason, ties = np.full(len(given), int(Reason.MISMATCH)), np.empty((0, 2), dtype=np.int64)
+    accepted = np.zeros(len(given), dtype=bool)
+    return Refinement(given, nothing, nothing, accepted, reason, ties, num_classes, given, diagnostics=about)
 
 
 def _reference(
@@ -200,7 +228,7 @@ def _reference(
         )
     if prototypes is None:
         raise InputError("synthetic_features: expected features of synthetic images, or prototypes, got neither")
-    check_array("prototypes", prototypes, ("C", "D"))
+    check_array("prototypes", prototypes, ("C" if num_classes is None else num_classes, "D"))
     return prototypes, np.arange(len(prototypes)), len(prototypes)
 
 

@@ -124,7 +124,8 @@ def refine_labels(
     accepted = (proposed >= 0) & (best[:, 0] >= limits[proposed.clamp(min=0)])
     reason = torch.where(accepted, int(Reason.ACCEPTED), int(Reason.BELOW_THRESHOLD))
     reason[proposed < 0] = int(Reason.UNSCORED)
-    parts = (proposed, best[:, 0].contiguous(), best[:, 0] - best[:, 1], accepted, reason, torch.cat(ties))
+    margin = best[:, 0] - best[:, 1] if num_classes > 1 else best[:, 0].clone()
+    parts = (proposed, best[:, 0].contiguous(), margin, accepted, reason, torch.cat(ties))
     found = dict(zip(("proposed", "confidence", "margin", "accepted", "reason", "ties"), parts, strict=True))
     about = PaperDiagnostics(weight, thresholds.numpy())
     if isinstance(features, Tensor):

@@ -35,7 +35,7 @@ def class_prototypes(
 
     Args:
         features: Features of the synthetic images, (M, D), float16 to float64.
-        labels: The class each image was made for, (M,) integers in [0, C).
+        labels: The intended class of each image, (M,) integers in [0, C).
         num_classes: C; by default the largest label plus one.
         normalize: Scale every feature to length one before averaging and every prototype after it. The paper does
             neither.
@@ -93,7 +93,7 @@ class Quality:
         off_class: Images nearer to another class than to their own by more than the margin, (M,) bool.
         duplicate_of: Earliest image that this one nearly repeats, (M,) int64; -1 where there is none.
         confusion: Fraction of each class's images (row) that look like each class (column), (C, C).
-        confused: Pairs (made for, looks like, fraction) of different classes, the largest fraction first.
+        confused: Pairs (intended class, looks like, fraction) of different classes, the largest fraction first.
         counts: Fit images per class, (C,) int64.
         too_few: Classes with fewer fit images than asked for.
     """
@@ -135,7 +135,7 @@ def prototype_quality(
 
     Args:
         features: Features of the synthetic images, (M, D), float16 to float64, finite.
-        labels: The class each image was made for, (M,) integers in [0, C), at least one per class.
+        labels: The intended class of each image, (M,) integers in [0, C), at least one per class.
         num_classes: C; by default the largest label plus one.
         margin: Difference of cosines by which another class must be nearer, in [0, 2].
         duplicate: Cosine from which two images of a class count as near duplicates, in (0, 1].

@@ -71,7 +71,8 @@ class Refinement:
         reason: `Reason` codes, (N,) int64; `REASONS` has their texts.
         ties: Image and class of every score that equals the best one, (K, 2); only images with several best classes.
         num_classes: C.
-        given: The labels that the refiner saw, (N,); None for the paper's rule, which sees none.
+        given: The labels that the refiner saw, (N,), which alone `apply` takes; None for the paper's rule, which scores
+            without them and applies to any labels.
         no_class: How likely each image shows none of the classes, (N,) in [0, 1]; None where that is not scored. Images
             that are proposed for removal have the reason `Reason.NO_CLASS`; they keep their label.
         diagnostics: What only this refiner knows, `PaperDiagnostics` or `AnchoredDiagnostics`.

@@ -174,7 +174,7 @@ class AnchoredDiagnostics:
         synthetic_probs: What those heads say of them, (M, C).
         transition: p(given label | true class), (C, C), a row per true class.
         thresholds: Smallest posterior of each class that a change needs, (C,).
-        min_odds: Posterior odds that a change has to exceed; infinite where no change is expected to help.
+        safe_odds: Posterior odds that a change has to exceed; infinite where no change is expected to help.
         gain: Expected drop of the noise rate by the changes, by a modest account.
         votes: Independent votes that the given labels of an image's nearest images count for.
         story: Whether synthetic images and given labels contradict each other.
@@ -192,7 +192,7 @@ class AnchoredDiagnostics:
     synthetic_probs: Array | None = field(default=None, repr=False)
     transition: Array | None = field(default=None, repr=False)
     thresholds: Array | None = field(default=None, repr=False)
-    min_odds: float = math.inf
+    safe_odds: float = math.inf
     gain: float = 0.0
     votes: float = 0.0
     story: Story | None = None
@@ -225,7 +225,7 @@ def diagnostics(em: EM, solution: Solution, rows_swept: Sequence[SweepRow] = ())
         synthetic_probs=solution.synthetic_probs.cpu().numpy(),
         transition=solution.state.by_given.T.cpu().numpy(),
         thresholds=policy.thresholds.numpy(),
-        min_odds=policy.safe_odds,
+        safe_odds=policy.safe_odds,
         gain=solution.gain,
         votes=solution.state.votes,
         story=solution.story,

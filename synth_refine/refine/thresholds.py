@@ -1,6 +1,6 @@
 """Thresholds per class, calibrated on held-out synthetic images, and what each threshold would do.
 
-Letters in shapes: N real images, M synthetic images, D features, C classes, n images drawn.
+Letters in shapes: N real images, M synthetic images, D features, C classes, n simulated images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from synth_refine.refine.decide import bayes
 from synth_refine.refine.result import CPU
 
 PRECISION = 0.9  # fraction of the changes to a class that should be right
-SIMULATED = 20  # given labels drawn for each synthetic image
+SIMULATED = 20  # given labels simulated for each synthetic image
 MOST_DRAWN = 1 << 24  # probabilities held for them, n * C
 
 
@@ -74,8 +74,8 @@ def calibrate_thresholds(scores: Array, labels: Array, precision: float = PRECIS
 def posterior_thresholds(probs: Tensor, labels: Tensor, by_given: Tensor, seed: int = 0) -> NDArray[np.float32]:
     """Thresholds on the posterior, which is what a decision compares.
 
-    Each synthetic image gets given labels as real images of its class have them, drawn from the transition matrix, and
-    the posterior follows; those whose posterior names another class than the drawn label are changes of known worth.
+    Each synthetic image gets given labels as real images of its class have them, by the transition matrix, and the
+    posterior follows; those whose posterior names another class than that label are changes of known worth.
 
     Args:
         probs: What heads that were not trained on them say of synthetic images, (M, C).

@@ -18,7 +18,7 @@ from synth_refine.labels.artifact import Artifact
 from synth_refine.review.evidence import Evidence, SweepRow
 
 FLOWS, BOXES = 100, 24
-"""Pairs of classes that are drawn, and classes on either side; the other pairs are counted."""
+"""Pairs of classes that are shown, and classes on either side; the other pairs are counted."""
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,9 @@ class Anchored:
     @contextmanager
     def solved(self, store: Store, progress: bool) -> Iterator[Solved]:
         """Run the algorithm, or what is left of it."""
+        if not any(len(numbers) for _, _, numbers in self._read()):  # up to the first row that can be scored
+            yield Solved(self._unscored(store), self.classes, AnchoredDiagnostics())
+            return
         steps = StoreSteps(store)
         with tqdm(total=self.rounds, unit=" rounds", disable=not progress) as bar:
             frame, rows = self._rows(store, steps, bar)
@@ -258,20 +261,16 @@ class Anchored:
         confidence = torch.cat(sure)
         if len(bad := (~confidence.isfinite() & torch.from_numpy(scored)).nonzero()):
             raise InputError(f"second_view: expected finite numbers, got a non-finite one in row {int(bad[0, 0])}")
-        answers = np.zeros(len(scored), dtype=np.int64)
-        answers[scored] = leveled(torch.cat(winner)[scored], confidence[scored]).numpy()
-        return answers
+        found = np.zeros(len(scored), dtype=np.int64)
+        found[scored] = leveled(torch.cat(winner)[scored], confidence[scored]).numpy()
+        return found
 
     def _results(self, store: Store, em: EM, solution: Any, bar: tqdm[Any]) -> Path:
         """A file with what is decided about every row, by the rows' numbers."""
         path, name = store.root / "scratch" / "results", "scratch/results"
         if store.done(name) is None:
             bar.set_description("decisions")
-            total = sum(shard.features.rows for shard in self.shards)
-            table = np.memmap(path, result_type(self.classes), "w+", shape=(total,))
-            table["reason"] = int(Reason.UNSCORED)
-            for part in ("classes", "scores", "margin"):
-                table[part] = -1 if part == "classes" else math.nan
+            table = np.memmap(self._unscored(store), result_type(self.classes), "r+")
             for bucket, posterior in em.posteriors(solution.state):
                 found, places = propose(posterior, bucket.given, solution.policy), bucket.numbers.numpy()
                 values, classes = best_classes(posterior.clone(), min(TOP, self.classes))
@@ -285,6 +284,18 @@ class Anchored:
             table.flush()
             del table
             store.note(name, file_hash(path))
+        return path
+
+    def _unscored(self, store: Store) -> Path:
+        """A file of results that says of every row that it cannot be scored."""
+        path = store.root / "scratch" / "results"
+        path.parent.mkdir(exist_ok=True)
+        total = sum(shard.features.rows for shard in self.shards)
+        table = np.memmap(path, result_type(self.classes), "w+", shape=(total,))
+        table["reason"] = int(Reason.UNSCORED)
+        for part in ("classes", "scores", "margin"):
+            table[part] = -1 if part == "classes" else math.nan
+        table.flush()
         return path
 
 

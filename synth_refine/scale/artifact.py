@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ def write_from_shards(
     num_classes: int,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
+    ids: Sequence[str] | None = None,
 ) -> None:
     """Write the artifact of finished shards into `root`, in the memory of one shard.
 
@@ -36,7 +37,8 @@ def write_from_shards(
         shards: All of them.
         num_classes: C.
         settings: Refiner, threshold, seed.
-        inputs: Hashes of the inputs.
+        inputs: What identifies the input files, see `input_digests`.
+        ids: One per row; by default the row's number.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -62,11 +64,19 @@ def write_from_shards(
     def changes(file: BinaryIO) -> None:
         for number, table in enumerate(tables(list(COLUMNS))):
             some = table.filter(pc.not_equal(table["action"].cast("string"), "keep"))
-            data = csv_bytes({name: some[column].to_pylist() for column, name in COLUMNS.items()})
+            columns = {name: some[column].to_pylist() for column, name in COLUMNS.items()}
+            if ids is not None:
+                columns["id"] = [ids[row] for row in columns["id"]]
+            if isinstance(names := settings.get("classes"), list):
+                columns |= {f"{one}_class": [names[label] for label in columns[one]] for one in ("old", "new")}
+            data = csv_bytes(columns)
             file.write(data if number == 0 else data.split(b"\n", 1)[1])
 
     digests = [hashed.hexdigest() for hashed in hashes.values()]
     run = run_of(num_classes, digests[0], np.dtype("<i8"), count, digests[1], changed, abstained, 0, settings, inputs)
+    files: dict[str, Callable[[BinaryIO], object]] = {"labels.npy": labels, "changes.csv": changes}
+    if ids is not None:
+        files["ids.csv"] = lambda file: file.write(csv_bytes({"id": ids}))
     with locked(root):
         check_free(root, run)
-        write_files(root, {"labels.npy": labels, "changes.csv": changes}, run)
+        write_files(root, files, run)

@@ -38,9 +38,10 @@ class Rule:
     def settings(self) -> dict[str, Any]:
         """What the result depends on beside the inputs."""
         limits = self.thresholds
+        single = bool(np.isfinite(limits[0]) and (limits == limits[0]).all())
         return {
             "weight": self.weight,
-            "threshold": limits[0] if (limits == limits[0]).all() else digest(limits.tobytes()),
+            "threshold": limits[0] if single else digest(limits.tobytes()),
             "prototypes": digest(self.directions.tobytes()),
             "head": None if self.head is None else digest(self.head.tobytes()),
         }

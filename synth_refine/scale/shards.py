@@ -13,26 +13,31 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import Array, InputError, is_auto
+from synth_refine._io.csv import check_unique
 from synth_refine._io.ray import check_engine, on_cluster
 from synth_refine._io.store import Store, open_store
 from synth_refine.labels.run import check_free
 from synth_refine.refine import front
+from synth_refine.refine.anchored import ROUNDS, check_options
+from synth_refine.refine.estimates import Estimate, Estimates
 from synth_refine.refine.solve import AnchoredDiagnostics
 from synth_refine.scale.anchored import Anchored, prepare_anchored
 from synth_refine.scale.artifact import write_from_shards
@@ -42,12 +47,14 @@ from synth_refine.scale.tables import (
     Scores,
     Shard,
     cut_shards,
+    digest,
     input_digests,
     shard_table,
     shards_sample,
 )
 
 WORK = ("steps/", "scratch/")  # what is kept until the shards are there
+FOUND = "found"  # what the anchored refiner found: an entry of the store without a file
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Summary:
         shards: Output files.
         reused: Those of them that an earlier run had finished.
         diagnostics: What the anchored refiner found; None for the paper's rule, or where all shards were reused.
-        warnings: What a person should know, a line each.
+        estimates: Its estimates of wrong labels, also where all shards were reused; None for the paper's rule.
+        warnings: What a person should know, a line each, also where all shards were reused.
     """
 
     rows: int
@@ -72,14 +80,17 @@ class Summary:
     shards: int
     reused: int
     diagnostics: AnchoredDiagnostics | None
+    estimates: Estimates | None
     warnings: tuple[str, ...]
 
 
 def refine_shards(
     features: str | os.PathLike[str],
-    given: str | os.PathLike[str],
+    given: str | os.PathLike[str] | NDArray[Any],
     out: str | os.PathLike[str],
     *,
+    ids: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     refiner: str | None = None,
     synthetic_features: Array | None = None,
     synthetic_labels: Array | None = None,
@@ -93,11 +104,12 @@ def refine_shards(
     second_view: str | os.PathLike[str] | None = None,
     force: bool = False,
     seed: int = 0,
-    rounds: int = 12,
+    rounds: int = ROUNDS,
     shard_rows: int = SHARD_ROWS,
     engine: str = "local",
     address: str | None = None,
     progress: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Summary:
     """Refine the labels of any number of images, in the memory of a bucket or a shard per thread.
 
@@ -110,10 +122,12 @@ def refine_shards(
         features: A .npy file of (N, D) floats, or a folder of .npy or of Parquet files, in the order of their names; a
             Parquet file has the features in the column `features`, a list per row.
         given: Given labels of the same images in the same order: a .npy file of (N,) integers, or a folder with as many
-            files and rows as that of the features; in Parquet the column `given`.
+            files and rows as that of the features; in Parquet the column `given`; or the labels themselves.
         out: Folder of the artifact. Its shards/part-*.parquet have the columns `row`, `given`, `refined`, `action`,
             `reason`, `margin`, `confidence` and, best first, `classes` and `scores` of the five best classes (-1 and
             NaN where the image cannot be scored).
+        ids: One per image, unique, for the artifact; by default the number of the row.
+        class_names: Class names, (C,), for the artifact, which `apply` on a folder of images needs.
         refiner: "anchored" or "paper"; by default the first where there are synthetic features.
         synthetic_features: Features of the synthetic images by the same encoder, (M, D), at least one per class.
         synthetic_labels: Their intended classes, (M,) integers in [0, C).
@@ -128,13 +142,14 @@ def refine_shards(
         text_prototypes: For the anchored refiner: text features of the classes, (C, D).
         second_view: For the anchored refiner: logits of another classifier, (N, C), stored as `logits` are.
         force: For the anchored refiner: change labels although a check advises against it.
-        seed: Same seed, inputs and thread count, same files; not negative.
+        seed: For the anchored refiner: same seed, inputs and thread count, same files; not negative.
         rounds: For the anchored refiner: most rounds.
         shard_rows: Most rows of a .npy file that make a shard; a Parquet file is one shard.
         engine: For the paper's rule: `local`, this process, or `ray`, a Ray Data cluster whose nodes see the same
             folders.
         address: Of the Ray cluster.
         progress: Show progress bars on stderr.
+        say: Called with every doubt: those about a sample of the inputs before the work, the others after it.
 
     Returns:
         Counts over all shards, those of earlier runs included.
@@ -144,14 +159,19 @@ def refine_shards(
             or `out` holds the result of other settings or of inputs that have changed since.
         BlockingIOError: Another process is writing to `out`.
     """
-    check_engine(engine)
+    check_engine(engine, address)
     if engine != "local" and front.default_refiner(synthetic_features) == "anchored" and refiner in (None, "anchored"):
         raise InputError(f"engine: the anchored refiner trains in one process, expected local, got {engine}")
     values = dict(locals())
     refiner = front.default_refiner(synthetic_features) if refiner is None else refiner
     front.check_use(refiner, values)
+    check_options(None, seed=seed, rounds=rounds)
+    if refiner == "paper" and (seed, rounds) != (0, ROUNDS):
+        raise InputError(f"{'seed' if seed else 'rounds'}: the paper refiner over shards has no use for it")
     shards = cut_shards(features, given, logits if refiner == "paper" else second_view, shard_rows)
     warnings = _doubts(features, given, synthetic_features, synthetic_labels, prototypes, num_classes)
+    for doubt in warnings:
+        say(doubt)
     root = make_folder("out", out)
     check_free(root)
     if (root / "run.json").exists() and not (root / "shards" / "settings.json").exists():
@@ -171,29 +191,46 @@ def refine_shards(
         check_width(shards[0], rule)
         plan, settings, classes = None, rule.settings(), rule.directions.shape[1]
     settings, inputs = {"refiner": refiner, **settings}, input_digests(shards)
+    if class_names is not None:
+        if len(class_names) != classes:
+            raise InputError(f"class_names: expected {classes}, got {len(class_names)}")
+        settings["class_names"] = list(class_names)
+    if ids is not None:
+        check_unique("ids", ids)
+        if len(ids) != (count := sum(shard.features.rows for shard in shards)):
+            raise InputError(f"ids: expected {count}, one per row, got {len(ids)}")
+        inputs["ids"] = digest(json.dumps(list(ids)).encode())
     with open_store(root / "shards", {**settings, **inputs}, name="out") as store:
         todo = [shard for shard in shards if store.done(shard.name) is None]
         found = None
         if plan is None:
             _fill(store, todo, partial(score_shard, rule), engine, address, progress, len(shards))
-        elif todo:
+        elif todo or FOUND not in store.entries:
             found = _solved(store, todo, plan, progress, len(shards))
         store.drop([name for name in store.entries if name.startswith(WORK)])
         for folder in WORK:
             shutil.rmtree(store.root / folder, ignore_errors=True)
-        store.finish([shard.name for shard in shards])
+        store.finish([shard.name for shard in shards] + [FOUND] * (plan is not None))
+        later, known = (store.entries.get(FOUND, {}).get(name, {}) for name in ("warnings", "estimates"))
         lines = [store.entries[shard.name] for shard in shards]
-        write_from_shards(root, store.root, shards, classes, settings, inputs)
+        about = settings if class_names is None else {**settings, "classes": list(class_names)}
+        write_from_shards(root, store.root, shards, classes, about, inputs, ids)
     sums = {name: sum(line[name] for line in lines) for name in ("rows", "changed", "abstained", "unscored")}
-    more = () if found is None else found.warnings
+    for doubt in later:
+        say(doubt)
     return Summary(
-        **sums, shards=len(shards), reused=len(shards) - len(todo), diagnostics=found, warnings=warnings + more
+        **sums,
+        shards=len(shards),
+        reused=len(shards) - len(todo),
+        diagnostics=found,
+        estimates=None if plan is None else Estimates(**{name: Estimate(**one) for name, one in known.items()}),
+        warnings=(*warnings, *later),
     )
 
 
 def _doubts(
     features: str | os.PathLike[str],
-    given: str | os.PathLike[str],
+    given: str | os.PathLike[str] | NDArray[Any],
     synthetic_features: Array | None,
     synthetic_labels: Array | None,
     prototypes: Array | None,
@@ -215,6 +252,8 @@ def _doubts(
 def _solved(store: Store, todo: list[Shard], plan: Anchored, progress: bool, total: int) -> AnchoredDiagnostics:
     """The shards that are missing by the anchored refiner, whose steps are kept in the store until they are there."""
     with plan.solved(store, progress) as solved:
+        known = solved.diagnostics
+        store.note(FOUND, None, warnings=list(known.warnings), estimates=asdict(known.estimates))
         _fill(store, todo, solved.scores, "local", None, progress, total)
         return solved.diagnostics
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -40,11 +40,13 @@ class Piece:
         path: A .npy or Parquet file.
         start: Its first row.
         stop: The row behind its last one.
+        values: Labels in place of a file, (n,).
     """
 
     path: str
     start: int
     stop: int
+    values: NDArray[np.integer[Any]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -109,7 +111,7 @@ class Scores:
 
 
 def shards_sample(
-    features: str | os.PathLike[str], given: str | os.PathLike[str], rows: int
+    features: str | os.PathLike[str], given: str | os.PathLike[str] | NDArray[Any], rows: int
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Given labels, (n,), and features, (n, D), of at most so many images from shards all over the files."""
     shards = cut_shards(features, given, None, SHARD_ROWS // 64)
@@ -144,7 +146,7 @@ def shard_table(shard: Shard, scores: Scores) -> pa.Table:
 
 def cut_shards(
     features: str | os.PathLike[str],
-    given: str | os.PathLike[str],
+    given: str | os.PathLike[str] | NDArray[Any],
     logits: str | os.PathLike[str] | None,
     shard_rows: int,
 ) -> list[Shard]:
@@ -180,9 +182,12 @@ def _files(name: str, source: str | os.PathLike[str]) -> list[str]:
     path = Path(source)
     if not path.is_dir():
         return [str(path)]
-    for suffix in (".npy", ".parquet"):
-        if files := sorted(path.glob(f"*{suffix}"), key=natural_key):
-            return [str(file) for file in files]
+    kinds = [sorted(path.glob(f"*{suffix}"), key=natural_key) for suffix in (".npy", ".parquet")]
+    if all(kinds):
+        found = " and ".join(files[0].name for files in kinds)
+        raise InputError(f"{name}: expected .npy or .parquet files in the folder {path}, got both: {found}")
+    if files := kinds[0] or kinds[1]:
+        return [str(file) for file in files]
     raise InputError(f"{name}: expected .npy or .parquet files in the folder {path}, got none")
 
 
@@ -213,8 +218,14 @@ def _parquet(name: str, path: str) -> Any:
     return file
 
 
-def _aligned(name: str, source: str | os.PathLike[str], layout: list[int], shard_rows: int) -> list[Piece]:
-    """The pieces of an input with the rows of the features: one .npy file for all, or a file for each of theirs."""
+def _aligned(
+    name: str, source: str | os.PathLike[str] | NDArray[Any], layout: list[int], shard_rows: int
+) -> list[Piece]:
+    """The pieces of an input with the rows of the features: one array or .npy file for all, or a file for each."""
+    ends = np.cumsum([0, *layout]).tolist()
+    if isinstance(source, np.ndarray):
+        check_array(name, source, (ends[-1],))
+        return [Piece("memory", start, stop, source[start:stop]) for start, stop in pairwise(ends)]
     path = Path(source)
     if path.is_dir() or path.suffix == ".parquet":
         pieces = _pieces(name, source, shard_rows)
@@ -223,7 +234,6 @@ def _aligned(name: str, source: str | os.PathLike[str], layout: list[int], shard
                 f"{name}: expected files with the rows of the features' {_shown(layout)}, got {_shown(found)} in {path}"
             )
         return pieces
-    ends = np.cumsum([0, *layout]).tolist()
     if (rows := _rows(name, str(path))) != ends[-1]:
         raise InputError(f"{name}: expected {ends[-1]} rows like the features, got {rows} in {path}")
     return [Piece(str(path), start, stop) for start, stop in pairwise(ends)]
@@ -239,6 +249,9 @@ def read_chunks(name: str, piece: Piece, step: int, width: int | str | None = No
     Every chunk of a .npy file is a map of its own, so that the pages of the one before no longer count as resident.
     """
     shape: tuple[int | str, ...] = ("n",) if width is None else ("n", width)
+    if piece.values is not None:
+        yield from (piece.values[start : start + step] for start in range(0, len(piece.values), step))
+        return
     if not piece.path.endswith(".parquet"):
         for start in range(piece.start, piece.stop, step):
             mapped = read_npy(name, piece.path, "iu" if width is None else "f")[start : min(start + step, piece.stop)]
@@ -278,12 +291,13 @@ def _matrix(name: str, path: str, column: Any) -> NDArray[Any]:
 
 
 def input_digests(shards: list[Shard]) -> dict[str, str]:
-    """What identifies the input files and how they are cut."""
+    """What identifies the input files, by name, size and time of change, and how they are cut."""
     digests = {}
     for name in ("features", "given", "logits"):
         pieces = [getattr(shard, name) for shard in shards]
-        files = {piece.path: os.stat(piece.path) for piece in pieces if piece is not None}
-        about = [(Path(path).name, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]
+        files = {piece.path: os.stat(piece.path) for piece in pieces if piece is not None and piece.values is None}
+        about: list[Any] = [(Path(path).name, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]
+        about += [digest(piece.values.tobytes()) for piece in pieces if piece is not None and piece.values is not None]
         cuts = [None if piece is None else (piece.start, piece.stop) for piece in pieces]
         digests[name] = digest(json.dumps([about, cuts]).encode())
     return digests

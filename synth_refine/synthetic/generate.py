@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from synth_refine._io.check import InputError
+from synth_refine._io.progress import progress
 from synth_refine._io.store import Store, open_store, write_file
 from synth_refine.images.class_folders import TABLE, folder_table, folders_of
 from synth_refine.images.decode import SUFFIXES
@@ -184,7 +184,7 @@ def _generate(
     """Generate the missing images of batches; an image that the model withheld is listed without a hash."""
     model = generator.about["model"]
     count = sum(job.file not in done for batch in batches for job in batch)
-    with tqdm(total=count, desc="generating", unit="image", disable=None, leave=False) as bar:
+    with progress(count, "generating") as bar:
         for batch in batches:
             for job, image in zip(batch, generator.generate(batch), strict=True):
                 if job.file in done:

@@ -1,0 +1,78 @@
+"""A finished run in, its numbers and what people read of them out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from synth_refine.labels.artifact import Artifact
+from synth_refine.refine.estimates import Estimate
+
+FLOWS = 8  # commonest changes that are listed
+NOISIEST = 3  # classes that are listed as those to look at first
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run in numbers; what is not estimated is None, as all estimates are with the paper's rule."""
+
+    artifact: str  # its folder
+    report: str  # the page
+    count: int  # images
+    changed: int  # labels that were changed
+    abstained: int  # labels that somebody should look at
+    bad: int  # images that could not be decoded
+    synthetic: int  # synthetic images that were used
+    warnings: tuple[str, ...]  # doubts
+    synthetic_accuracy: float | None = None  # share of held-out synthetic images that are classified correctly
+    noise_before: Estimate | None = None  # share of the given labels that are wrong
+    noise_after: Estimate | None = None  # share of the refined labels
+    wrong_changes: Estimate | None = None  # share of the changes
+
+    def lines(self) -> dict[str, str]:
+        """All of it as text for people."""
+        found = {}
+        for name, value in vars(self).items():
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            text = "; ".join(value) or "none" if isinstance(value, tuple) else text
+            found[name.replace("_", " ")] = "not estimated" if value is None else text
+        return found
+
+
+def estimates_of(known: object) -> dict[str, Estimate | None]:
+    """How many labels are wrong before and after, and how many changes; None where that is not estimated."""
+    estimates = getattr(known, "estimates", None)
+    names = {"before": "noise_before", "after": "noise_after", "wrong_changes": "wrong_changes"}
+    found = {} if estimates is None else vars(estimates)
+    return {names[name]: one if np.isfinite(one.value) else None for name, one in found.items()}
+
+
+def findings(summary: Summary, artifact: Artifact) -> list[str]:
+    """What a run found and what to look at first, in at most 20 lines, for any number of classes."""
+    names = artifact.classes or list(map(str, range(artifact.num_classes)))
+    lines = [f"{summary.count:,} images of {len(names)} classes, {summary.synthetic:,} synthetic images"]
+    if summary.bad:
+        lines.append(f"{summary.bad:,} images could not be decoded and keep their label: see bad.csv")
+    if summary.synthetic_accuracy is not None:
+        lines.append(f"{summary.synthetic_accuracy:.0%} of the held-out synthetic images are classified correctly")
+    if summary.noise_before and summary.noise_after:
+        before, after = summary.noise_before, summary.noise_after
+        lines.append(f"wrong labels, estimated: {_percent(before)} as given, {_percent(after)} with the changes")
+    wrong = f", of which {_percent(summary.wrong_changes)} are wrong, estimated" if summary.wrong_changes else ""
+    lines.append(f"{summary.changed:,} labels change{wrong}; {summary.abstained:,} more ask for a look")
+    rows = artifact.changed
+    pairs = Counter(zip(artifact.given[rows].tolist(), artifact.labels[rows].tolist(), strict=True))
+    lines += [f"  {names[old]} -> {names[new]}: {count:,}" for (old, new), count in pairs.most_common(FLOWS)]
+    if len(rows):
+        sizes = np.bincount(artifact.given, minlength=len(names))
+        changed = np.bincount(artifact.given[rows], minlength=len(names))
+        worst = np.argsort(-changed / np.maximum(sizes, 1), kind="stable")[:NOISIEST]
+        shares = (f"{names[one]} ({changed[one]:,} of {sizes[one]:,} change)" for one in worst if changed[one])
+        lines.append(f"look first at {', '.join(shares)}")
+    return lines
+
+
+def _percent(one: Estimate) -> str:
+    return f"{one.value:.1%} ({one.low:.1%} to {one.high:.1%})"
