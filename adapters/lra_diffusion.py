@@ -1,4 +1,4 @@
-"""LRA-diffusion behind one call, on the features of a CLIP ("lra-clip") or of a SimCLR encoder ("lra-simclr")."""
+"""LRA-diffusion behind one call, on features of a frozen encoder ("lra-clip") or of a SimCLR encoder ("lra-simclr")."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from synth_refine import InputError
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_cached
-from synth_refine.images.encoders import ClipEncoder, Encoder, module_encoder, open_clip_encoder
+from synth_refine.images.encoders import Encoder, TorchEncoder, module_encoder, open_clip_encoder, timm_encoder
 from synth_refine.images.hashes import images_hash
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
@@ -43,9 +43,9 @@ class Options(Config):
 
 @dataclass(frozen=True)
 class ClipOptions(Options):
-    """For pixels: which CLIP; a task of features brings its own."""
+    """For pixels: which frozen encoder; a task of features brings its own."""
 
-    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14-quickgelu
+    encoder: str = "glyph-clip"  # or a name or folder that open_clip knows, such as ViT-L-14-quickgelu, or timm:NAME
     weights: str = ""  # its tag, such as openai, or a file
 
 
@@ -60,17 +60,20 @@ class SimclrOptions(Options):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def named_clip(name: str, weights: str, device: torch.device) -> ClipEncoder:
-    """The project's own CLIP, "glyph-clip", or any other that open_clip knows.
+def named_encoder(name: str, weights: str, device: torch.device) -> TorchEncoder:
+    """The project's own CLIP, "glyph-clip", any other that open_clip knows, or a network of timm.
 
     Args:
-        name: "glyph-clip", or a name or folder that open_clip knows, such as ViT-L-14-quickgelu.
-        weights: Their tag, such as openai, or a file; "" for glyph-clip and folders.
+        name: "glyph-clip", a name or folder that open_clip knows, such as ViT-L-14-quickgelu, or timm:NAME.
+        weights: Their tag, such as openai, or a file; "" for glyph-clip, folders and timm's own.
         device: Where it runs.
 
     Raises:
         InputError: No such model, or its weights cannot be fetched or read.
     """
+    kind, _, network = name.partition(":")
+    if kind == "timm":
+        return timm_encoder(network, weights or None, device=device)
     model = str(GLYPH_CLIP) if name == "glyph-clip" else name
     with seeded(torch.device("cpu"), 0):  # a model is built with random weights before its own are loaded
         return open_clip_encoder(model, weights or None, device=device)
@@ -87,7 +90,7 @@ def run_clip(
     image_encoder = _image_encoder(task, config, network, seed)
     encoder: Encoder | None = None
     if task.is_pixels:
-        encoder = named_clip(config.encoder, config.weights, task.train.inputs.device)
+        encoder = named_encoder(config.encoder, config.weights, task.train.inputs.device)
     return _run(task, labels, config, network, image_encoder, encoder, seed, checkpoint)
 
 

@@ -11,8 +11,19 @@ from torch import Tensor
 
 from adapters.base import Task
 from synth_refine import InputError
+from synth_refine.images.weights import load_weights
 from third_party.loop import Measure, seeded
-from third_party.resnet import STATISTICS, Classifier, FeatureHead, embed, input_statistics, resnet34, resnet_small
+from third_party.resnet import (
+    STATISTICS,
+    TORCHVISION,
+    Classifier,
+    FeatureHead,
+    Torchvision,
+    embed,
+    input_statistics,
+    resnet34,
+    resnet_small,
+)
 
 ConfigT = TypeVar("ConfigT")
 
@@ -24,8 +35,15 @@ VALIDATIONS = ("noisy_validation", "clean_validation")
 class NetworkOptions:
     """Which network to build."""
 
-    network: str = "auto"  # resnet34 or resnet_small for pixels, head for features; auto is resnet34 or head
-    statistics: str = "train"  # of the pixels: of the training images, or the published "cifar10" or "cifar100"
+    network: str = (
+        "auto"  # for features: head, which auto is; for pixels: resnet34, which auto is, or resnet_small, for
+    )
+    # images of 32 pixels, or torchvision's resnet18, resnet50 or vgg19_bn, for images of some 224
+    pretrained: str = ""  # file with the weights of one of torchvision's; its last layer is left out
+    statistics: str = "train"  # of the pixels: of the training images, or the published cifar10, cifar100 or imagenet
+    crop: int = (
+        0  # side of the square at the centre of larger images that the network looks at, in pixels; 0: all of it
+    )
     hidden: int = 512  # units of the head on features
     dropout: float = 0.3  # of the head on features
 
@@ -88,10 +106,12 @@ def build_network(task: Task, options: NetworkOptions, seed: int, draw: int = 1)
     name = options.network
     if name == "auto":
         name = "resnet34" if task.is_pixels else "head"
-    fitting = ("resnet34", "resnet_small") if task.is_pixels else ("head",)
+    fitting = ("resnet34", "resnet_small", *TORCHVISION) if task.is_pixels else ("head",)
     if name not in fitting:
         kind = "pixels" if task.is_pixels else "features"
         raise InputError(f"network: expected {' or '.join(('auto', *fitting))} for {kind}, got {options.network!r}")
+    if options.pretrained and name not in TORCHVISION:
+        raise InputError(f"pretrained: expected one of {', '.join(TORCHVISION)} as the network, got {name!r}")
     inputs = task.train.inputs
     if options.statistics != "train" and options.statistics not in STATISTICS:
         raise InputError(f"statistics: expected {', '.join(('train', *STATISTICS))}, got {options.statistics!r}")
@@ -105,8 +125,16 @@ def build_network(task: Task, options: NetworkOptions, seed: int, draw: int = 1)
             channel_std = tuple(value or 1.0 for value in channel_std)
         else:
             channel_mean, channel_std = STATISTICS[options.statistics]
-        build = resnet34 if name == "resnet34" else resnet_small
-        return build(task.num_classes, channel_mean, channel_std).to(inputs.device)
+        if name in TORCHVISION:
+            network = Torchvision(name, task.num_classes, channel_mean, channel_std)
+            if options.pretrained:
+                load_weights(network.network, options.pretrained, keep=set(network.network.state_dict()))
+            model: Classifier = network
+        else:
+            build = resnet34 if name == "resnet34" else resnet_small
+            model = build(task.num_classes, channel_mean, channel_std)
+    model.crop = options.crop
+    return model.to(inputs.device)
 
 
 def restore(model: Classifier, weights: Mapping[str, Tensor], *, fresh_head: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapters import Split
-from adapters.lra_diffusion import named_clip
+from adapters.lra_diffusion import named_encoder
 from adapters.standard import InitialClassifier, initial_classifier
 from benchmarks import data
 from benchmarks.cifar import CIFAR
@@ -29,6 +29,7 @@ from benchmarks.task import Benchmark
 from synth_refine import InputError
 from synth_refine._io.atomic import file_hash
 from synth_refine.images.embed import embed_cached
+from synth_refine.images.encoders import ClipEncoder
 from synth_refine.images.hashes import images_hash
 from third_party.parallel import first_process_first, from_first
 
@@ -206,16 +207,21 @@ class Refined:
             return self.initial.train_features, self.initial.synthetic_features, None
         if task.is_pixels == (encoder == "given"):
             wanted = (
-                "classifier or the name of a CLIP for pixels" if task.is_pixels else "classifier or given for features"
+                "classifier, the name of a CLIP or timm:NAME for pixels"
+                if task.is_pixels
+                else "classifier or given for features"
             )
             raise InputError(f"encoder: expected {wanted}, got {encoder!r}")
         if encoder == "given":
             return task.train.inputs, task.synthetic.inputs, None
-        clip = named_clip(encoder, self._config.get("encoder_weights", ""), task.train.inputs.device)
+        frozen = named_encoder(encoder, self._config.get("encoder_weights", ""), task.train.inputs.device)
         with first_process_first():
-            parts = [embed_cached(clip, split.inputs, self.work) for split in (task.train, task.synthetic)]
+            parts = [
+                embed_cached(frozen, split.inputs, self.work / "encoded") for split in (task.train, task.synthetic)
+            ]
         features, synthetic = parts
-        return features, synthetic, clip.text_prototypes(self.benchmark.class_names)
+        texts = frozen.text_prototypes(self.benchmark.class_names) if isinstance(frozen, ClipEncoder) else None
+        return features, synthetic, texts
 
 
 def hard(labels: Tensor) -> Tensor:

@@ -136,7 +136,11 @@ def test_bad_option_is_named(method: str, task: Task, options: dict[str, Any], m
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_unfitting_network_is_named(method: str, kind: str, task: Task) -> None:
     quick(method, kind)
-    wrong, fitting = ("head", "resnet34 or resnet_small") if kind == "pixels" else ("resnet34", "head")
+    wrong, fitting = (
+        ("head", "resnet34 or resnet_small or resnet18 or resnet50 or vgg19_bn")
+        if kind == "pixels"
+        else ("resnet34", "head")
+    )
     with pytest.raises(InputError, match=f"network: expected auto or {fitting} for {kind}, got '{wrong}'"):
         ADAPTERS[method](task, task.train.labels, {"network": wrong}, 0)
 
@@ -247,7 +251,7 @@ def test_relabel_needs_the_initial_weights_of_its_network(task: Task, kind: str)
 def test_unknown_selection_and_statistics_are_named(task: Task, kind: str) -> None:
     with pytest.raises(InputError, match="select: expected noisy_validation, clean_validation or last, got 'best'"):
         initial_classifier(task, NETWORK[kind] | {"select": "best"}, 0)
-    with pytest.raises(InputError, match="statistics: expected train, cifar10, cifar100, got 'mnist'"):
+    with pytest.raises(InputError, match="statistics: expected train, cifar10, cifar100, imagenet, got 'mnist'"):
         run(task, task.train.labels, NETWORK[kind] | {"statistics": "mnist"}, 0)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from third_party import checkpoint as checkpoints
-from third_party.augment import EVERY, Places, random_crop_and_flip
+from third_party.augment import EVERY, Augmentation, Places, augment
+from third_party.mapped import MappedImages
 from third_party.parallel import processes
 from third_party.resnet import Classifier
 
@@ -58,12 +59,18 @@ def shuffled_batches(count: int, batch_size: int, device: torch.device) -> Itera
             yield rows
 
 
-def take_batch(inputs: Tensor, rows: Tensor, crop_padding: int, flip: bool, places: Places = EVERY) -> Tensor:
-    """The inputs of the rows at `places` of a batch, augmented where they are pixels, with draws for all its rows."""
-    batch = inputs.index_select(0, rows[places])
-    if batch.ndim == 4 and (crop_padding or flip):
-        return random_crop_and_flip(batch, crop_padding, flip, of=len(rows), places=places)
-    return batch
+def read_batches(inputs: Tensor, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The inputs of each batch of rows, one batch after the other; those in a file are read ahead."""
+    if isinstance(inputs, MappedImages):
+        yield from inputs.batches(batches)
+    else:
+        for rows in batches:
+            yield inputs.index_select(0, rows)
+
+
+def views(batch: Tensor, how: Augmentation, rows: int, places: Places = EVERY) -> Tensor:
+    """A batch, augmented where it is pixels: those at `places` of a batch of so many rows, with draws for all of it."""
+    return augment(batch, how, of=rows, places=places) if batch.ndim == 4 else batch
 
 
 def batch_loss(logits: Tensor, targets: Tensor, batch_rows: int, loss: Loss | None = None) -> Tensor:

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from third_party.augment import EVERY, Places
-from third_party.loop import Progress, seeded, shuffled_batches, take_batch
+from third_party.augment import EVERY, Augmentation, Places
+from third_party.loop import Progress, read_batches, seeded, shuffled_batches, views
 from third_party.parallel import from_first, in_parts, parallel, processes, set_part, summed
+from third_party.resnet import rows_at_once
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Classes, (N,), of inputs and their frozen features, (N, P)."""
@@ -39,7 +40,7 @@ Weights = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Augmentation):
     """The recipe; the defaults are what the paper describes, see `PRESETS`."""
 
     epochs: int = 200
@@ -57,8 +58,6 @@ class Config:
     ema_decay: float = 0.9999  # at most; update n uses (1 + n) / (10 + n) while that is less, for short runs
     measure_every: int = 5  # epochs; the last one is always measured
     measure_batch: int = 1000  # images predicted at once
-    crop_padding: int = 4  # pixels; 0 switches the crop off
-    flip: bool = True
     bf16: bool = False  # autocast the image encoder to bfloat16
     compiled: bool = False  # through torch.compile
 
@@ -347,11 +346,11 @@ def predictor(network: LabelDiffusion, config: Config) -> Predict:
     @torch.no_grad()
     def predict(inputs: Tensor, features: Tensor) -> Tensor:
         network.eval()
+        rows = rows_at_once(inputs, config.measure_batch)
         if not config.encoder_eval_mode:
             network.image_encoder.train()
-        batches = zip(
-            torch.split(inputs, config.measure_batch), torch.split(features, config.measure_batch), strict=True
-        )
+            rows = config.measure_batch  # the images of a batch are predicted by its statistics
+        batches = zip(torch.split(inputs, rows), torch.split(features, rows), strict=True)
         return in_parts(network, batches, lambda some, of: decide(network.sample(some, of, config.sampling_steps)))
 
     return predict
@@ -362,7 +361,7 @@ def _embeddings(network: LabelDiffusion, inputs: Tensor, config: Config) -> Tens
     """What the untrained image encoder says of every image, (N, E)."""
     network.image_encoder.eval()
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.bf16):
-        batches = ((some,) for some in torch.split(inputs, config.measure_batch))
+        batches = ((some,) for some in torch.split(inputs, rows_at_once(inputs, config.measure_batch)))
         return in_parts(network, batches, lambda some: network.image_encoder(some).float())
 
 
@@ -436,7 +435,7 @@ def train(
     network.image_encoder.requires_grad_(config.train_image_encoder)
     untrained = not config.train_image_encoder and config.encoder_eval_mode
     # Without augmentation its outputs are the same in every epoch.
-    embedded = untrained and (inputs.ndim == 2 or not (config.crop_padding or config.flip))
+    embedded = untrained and (inputs.ndim == 2 or not config.is_random)
     objective = parallel(_Objective(network, embedded), device, config.compiled)
     trained = [network.denoiser, network.image_encoder] if config.train_image_encoder else [network.denoiser]
     fused = device.type in ("cpu", "cuda")
@@ -462,15 +461,13 @@ def train(
             network.image_encoder.train(not untrained)
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
-            for index, rows in enumerate(batches):
+            read = read_batches(inputs if embeddings is None else embeddings, [rows[places] for rows in batches])
+            for index, (rows, batch) in enumerate(zip(batches, read, strict=True)):
                 rate = learning_rate(config, epoch + index / len(batches))
                 for group in optimiser.param_groups:
                     group["lr"] = rate
                 targets, weights = draw_targets(labels, neighbours, rows)
-                if embeddings is None:
-                    batch = take_batch(inputs, rows, config.crop_padding, config.flip, places)
-                else:
-                    batch = embeddings[rows[places]]
+                batch = views(batch, config, len(rows), places)
                 set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     loss = objective(batch, features[rows[places]], targets, weights, places)

@@ -14,25 +14,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from third_party.augment import EVERY
+from third_party.augment import EVERY, Augmentation
 from third_party.loop import (
     Measure,
     Progress,
     batch_loss,
     check_inputs,
     check_lengths,
+    read_batches,
     seeded,
     sgd,
     shuffled_batches,
     stepped_rate,
-    take_batch,
+    views,
 )
 from third_party.parallel import parallel, processes, set_part, summed
 from third_party.resnet import Classifier
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Augmentation):
     """The recipe; the defaults are the published code's for CIFAR."""
 
     epochs: int = 180
@@ -52,8 +53,6 @@ class Config:
     growth: str = "additive"  # the code: delta + increment after few flips; "multiplicative", the paper: delta *
     # (1 + increment) after no flip
     cap: str = "min"  # the code today: delta never above limit; "max", the code up to June 2021: never below it
-    crop_padding: int = 4  # pixels; 0 switches the crop off
-    flip: bool = True
     bf16: bool = False  # autocast to bfloat16
     compiled: bool = False  # through torch.compile
 
@@ -176,10 +175,11 @@ def train(
             model.train()
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
-            for rows in batches:
-                places = (rows % count == rank).nonzero()[:, 0] if count > 1 else EVERY
+            parts = [(rows % count == rank).nonzero()[:, 0] if count > 1 else EVERY for rows in batches]
+            read = read_batches(inputs, [rows[places] for rows, places in zip(batches, parts, strict=True)])
+            for rows, places, images in zip(batches, parts, read, strict=True):
                 own = rows[places]
-                batch = take_batch(inputs, rows, config.crop_padding, config.flip, places)
+                batch = views(images, config, len(rows), places)
                 set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     logits = network(batch)

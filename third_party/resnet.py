@@ -16,6 +16,7 @@ from torch.nn import functional as F
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Published means and standard deviations of the three channels, for pixels in [0, 1]."""
 
@@ -24,6 +25,16 @@ class Classifier(nn.Module):
     """A network that ends in one linear layer, so that its head can be replaced and its features can be read."""
 
     head: nn.Linear  # (K) -> (C)
+    mean: Tensor
+    std: Tensor
+    crop = 0  # side of the square at the centre of larger images that the network looks at; 0: all of it
+
+    def normalised(self, inputs: Tensor) -> Tensor:
+        """What the first layer sees: inputs of training and measuring alike, cut and standardized."""
+        if self.crop and inputs.ndim == 4:
+            top, left = ((side - self.crop) // 2 for side in inputs.shape[2:])
+            inputs = inputs[:, :, top : top + self.crop, left : left + self.crop]
+        return (inputs.to(self.mean.dtype) - self.mean) / self.std
 
     def features(self, inputs: Tensor) -> Tensor:
         """What the last linear layer sees, (N, K)."""
@@ -73,9 +84,6 @@ class ResNet(Classifier):
         torch.Size([2, 10])
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         num_classes: int,
@@ -101,8 +109,8 @@ class ResNet(Classifier):
 
     def features(self, inputs: Tensor) -> Tensor:
         """Averaged activations of the last stage, (N, K), of images (N, 3, H, W) uint8."""
-        pixels = (inputs.to(self.mean.dtype) - self.mean) / self.std
-        hidden: Tensor = self.stages(F.relu(self.norm(self.stem(pixels)), inplace=True))  # (N, K, H / 8, W / 8)
+        pixels = self.stem(self.normalised(inputs))
+        hidden: Tensor = self.stages(F.relu(self.norm(pixels), inplace=True))  # (N, K, H / 8, W / 8)
         return hidden.mean(dim=(2, 3))
 
 
@@ -124,6 +132,49 @@ def resnet_small(
     return ResNet(num_classes, (16, 32, 64, 128), (1, 1, 1, 1), stem_stride=2, mean=mean, std=std)
 
 
+class Torchvision(Classifier):
+    """A network of torchvision for images of some 224 pixels, complete with its normalisation, without weights.
+
+    Args:
+        name: resnet50, resnet18, vgg19_bn or any other whose last layer is linear.
+        num_classes: C.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
+
+    Example:
+        >>> network = Torchvision("resnet18", 10)
+        >>> network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        mean: Sequence[float] = STATISTICS["imagenet"][0],
+        std: Sequence[float] = STATISTICS["imagenet"][1],
+    ) -> None:
+        from torchvision import models  # type: ignore[import-untyped]  # takes seconds to import
+
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
+        self.network: nn.Module = getattr(models, name)(weights=None)
+        *_, (place, last) = ((place, one) for place, one in self.network.named_modules() if isinstance(one, nn.Linear))
+        parent, _, own = place.rpartition(".")
+        setattr(self.network.get_submodule(parent), own, nn.Identity())
+        self.head = nn.Linear(last.in_features, num_classes)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the last layer sees, (N, K), of images (N, 3, H, W) uint8."""
+        hidden: Tensor = self.network(self.normalised(inputs))
+        return hidden
+
+
+TORCHVISION = ("resnet18", "resnet50", "vgg19_bn")
+"""Names that `Torchvision` takes."""
+
+
 class FeatureHead(Classifier):
     """Two linear layers on the features of a frozen encoder, which they standardize first.
 
@@ -140,9 +191,6 @@ class FeatureHead(Classifier):
         torch.Size([8, 3])
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, num_classes: int, mean: Tensor, std: Tensor, hidden: int = 512, dropout: float = 0.3) -> None:
         super().__init__()
         self.register_buffer("mean", mean.detach().float().clone())
@@ -153,8 +201,7 @@ class FeatureHead(Classifier):
 
     def features(self, inputs: Tensor) -> Tensor:
         """Hidden units after ReLU, (N, K), of features (N, D)."""
-        standardized = (inputs.to(self.mean.dtype) - self.mean) / self.std
-        hidden: Tensor = self.dropout(F.relu(self.hidden(standardized)))
+        hidden: Tensor = self.dropout(F.relu(self.hidden(self.normalised(inputs))))
         return hidden
 
 

@@ -197,7 +197,7 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     history: list[dict[str, float]] = []
-    progress = Progress(checkpoint, "simclr", config, seed, images, images[:64].flatten())
+    progress = Progress(checkpoint, "simclr", config, seed, images, images[:, 0, 0, 0])
     if state := progress.load(model, optimiser):
         history = state["history"]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from third_party.augment import Augmentation
 from third_party.loop import (
     Loss,
     Measure,
@@ -21,18 +22,19 @@ from third_party.loop import (
     batch_loss,
     check_inputs,
     check_lengths,
+    read_batches,
     seeded,
     sgd,
     shuffled_batches,
     stepped_rate,
-    take_batch,
+    views,
 )
 from third_party.parallel import parallel, processes, set_part, summed
 from third_party.resnet import Classifier
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Augmentation):
     """The recipe; the defaults are the paper's training from scratch."""
 
     epochs: int = 200
@@ -45,8 +47,6 @@ class Config:
     gamma: float = 0.2
     warmup: int = 1  # epochs over which the learning rate rises from 0, update by update
     warmup_overshoot: bool = False  # the published code's ramp: one epoch too long, so that the peak is too high
-    crop_padding: int = 4  # pixels; 0 switches the crop off
-    flip: bool = True
     bf16: bool = False  # autocast to bfloat16
     compiled: bool = False  # through torch.compile
 
@@ -151,9 +151,10 @@ def train(
             model.train()
             batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
-            for step, rows in enumerate(batches):
+            read = read_batches(inputs, [rows[places] for rows in batches])
+            for step, (rows, images) in enumerate(zip(batches, read, strict=True)):
                 optimiser.param_groups[0]["lr"] = learning_rate(config, epoch, step, len(batches))
-                batch = take_batch(inputs, rows, config.crop_padding, config.flip, places)
+                batch = views(images, config, len(rows), places)
                 set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     logits = network(batch)
