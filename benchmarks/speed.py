@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.records import digest, environment, write_record
+from benchmarks.speed_anchored import anchored
 from benchmarks.speed_embed import embed, embed_ray
 from benchmarks.speed_lra import lra
 from benchmarks.speed_scale import ROWS, plot, scale
@@ -174,14 +175,17 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time one thing and write a record of it; of `scale`, one per table and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=sorted([*BENCHMARKS, "scale"]))
+    parser.add_argument("what", choices=sorted([*BENCHMARKS, "anchored", "scale"]))
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the record (%(default)s)")
     parser.add_argument("--largest", type=int, default=ROWS[-1], help="scale: most images to try (%(default)s)")
     parser.add_argument("--scratch", type=Path, help="scale: folder for up to 6 GB of arrays (the system's)")
+    parser.add_argument("--before", type=Path, help="anchored: checkout of older code, which is measured too")
     options = parser.parse_args(arguments)
     if options.what == "scale":
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             tables = scale(Path(scratch), options.largest, torch.get_num_threads())
+    elif options.what == "anchored":
+        tables = {"anchored": anchored(options.before, torch.get_num_threads())}
     else:
         tables = {options.what: BENCHMARKS[options.what]()}
     for name, rows in tables.items():

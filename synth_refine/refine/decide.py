@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from synth_refine.refine.heads import as_probs, parts
 from synth_refine.refine.result import Reason
 
 NOISE_FLOOR = 0.03
@@ -137,7 +138,7 @@ def honest_exponent(probs: Tensor, labels: Tensor) -> float:
 
 def tempered(probs: Tensor, exponent: float) -> Tensor:
     """Probabilities to a power, rows summing to one again, (n, C)."""
-    return F.normalize(probs.clamp_min(1e-9) ** exponent, p=1, dim=1)
+    return as_probs(probs.clamp_min(1e-9).log_().mul_(exponent).exp_())
 
 
 def bayes(probs: Tensor, by_given: Tensor, given: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def bayes(probs: Tensor, by_given: Tensor, given: Tensor) -> Tensor:
         by_given: p(given label | true class), (C, C), a row per given label.
         given: (n,) int64.
     """
-    return F.normalize(probs * by_given[given], p=1, dim=1)
+    return as_probs(probs * by_given[given])
 
 
 def fit_transition(probs: Tensor, given: Tensor, steps: int = 10) -> Tensor:
@@ -165,7 +166,9 @@ def fit_transition(probs: Tensor, given: Tensor, steps: int = 10) -> Tensor:
     classes = probs.shape[1]
     by_given = torch.ones((classes, classes), device=probs.device)
     for _ in range(steps + 1):
-        counts = torch.zeros_like(by_given).index_add_(0, given, bayes(probs, by_given, given))
+        counts = torch.zeros_like(by_given)
+        for part in parts(len(probs), classes):
+            counts.index_add_(0, given[part], bayes(probs[part], by_given, given[part]))
         by_given = F.normalize(counts + 1, p=1, dim=0)
     return by_given
 

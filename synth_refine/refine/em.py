@@ -24,12 +24,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, held_out_probs, prototypes_of, sharpness
+from synth_refine.refine.heads import (
+    HIDDEN,
+    LINEAR,
+    Fit,
+    Nearest,
+    as_probs,
+    fit_heads,
+    fit_temperature,
+    held_out_probs,
+    parts,
+    prototypes_of,
+)
 from synth_refine.refine.rows import Bucket, Rows, seed_of
 from synth_refine.refine.state import VIEW_LEVELS, NoSteps, Saved, State, Steps, packed, unpacked
 
-EPOCHS = (2, 8)  # per fold and round: a short fit does not memorise wrong posteriors, many classes need a longer one
-LIKELIER = 0.05  # nats per label by which the longer fit must raise the likelihood of the given labels
+EPOCHS = (2, LINEAR, 8)
+"""Kinds of heads, of which a later one must clearly beat those before it.
+
+A short fit does not memorise wrong posteriors; few images of many classes need a linear one or a longer one.
+"""
+LIKELIER = 0.05  # nats per label by which it must raise the likelihood of the given labels
 SETTLED = 0.001  # stop when a round changes fewer labels than this
 FIRST_STEPS = 11  # maximisation steps of the transition matrices before the first round
 ROUND_STEPS = 2  # and in every round, from those of the round before on
@@ -53,7 +68,7 @@ VIEW_STEPS = 10  # maximisation steps in every round, where there is a second vi
 LEADING = (0.05, 0.5)  # noise from which on, and share of it up to which a second view's errors make it lead
 AVERAGED = 5  # last rounds whose heads speak together in the end
 HELD_ELEMENTS = 1 << 26  # probabilities that are kept between passes, where all rows are one bucket
-SAMPLE_ELEMENTS = 1 << 23  # scores from which the sharpness of the prototypes is chosen
+SAMPLE_ELEMENTS = 1 << 23  # scores from which the temperature of the prototypes is chosen
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,8 @@ class EM:
 
     Attributes:
         rows: Real images.
-        reference: Components of the synthetic images, (M, K) float32.
-        reference_labels: Their intended classes, (M,) int64.
+        synthetic: Components of the synthetic images, (M, K) float32.
+        synthetic_labels: Their intended classes, (M,) int64.
         classes: C.
         seed: Draws folds, weights and batches.
         rounds: Most rounds.
@@ -99,8 +114,8 @@ class EM:
     """
 
     rows: Rows
-    reference: Tensor
-    reference_labels: Tensor
+    synthetic: Tensor
+    synthetic_labels: Tensor
     classes: int
     seed: int = 0
     rounds: int = 12
@@ -110,6 +125,7 @@ class EM:
     bar: tqdm[Any] = field(default_factory=lambda: tqdm(disable=True))
 
     def __post_init__(self) -> None:
+        self.has_view = self.rows.bucket(0).view is not None
         self._kept: tuple[State, Tensor] | None = None
         self._posteriors: tuple[State, Tensor] | None = None
 
@@ -145,7 +161,7 @@ class EM:
 
     def _prototypes(self) -> Iterator[Tensor]:
         """Prototypes of the images, of the texts, of both, as sharp as they are right about held-out images."""
-        images, confidence = prototypes_of(self.reference, self.reference_labels, self.classes)
+        images, confidence = prototypes_of(self.synthetic, self.synthetic_labels, self.classes)
         choices = [images]
         if self.words is not None:
             texts = F.normalize(self.words, dim=1)
@@ -154,35 +170,30 @@ class EM:
         sample = bucket[slice(None, None, math.ceil(len(bucket) * self.classes / SAMPLE_ELEMENTS))]
         for prototypes in choices:
             cosine = Nearest(prototypes)(sample.features.float())
-            yield prototypes * sharpness(cosine, confidence)
+            yield prototypes * fit_temperature(cosine, confidence)
 
     @property
     def image_prototypes(self) -> Tensor:
         """Prototypes of the synthetic images, of length one, (C, K)."""
-        return prototypes_of(self.reference, self.reference_labels, self.classes)[0]
+        return prototypes_of(self.synthetic, self.synthetic_labels, self.classes)[0]
 
     def _blank(self, head: nn.Module) -> State:
         """A state in which annotators say nothing yet."""
-        classes, device = self.classes, self.reference.device
+        classes, device = self.classes, self.synthetic.device
         tables = (torch.full((size, classes), 1 / size, device=device) for size in (classes, classes, self._answers))
         given, near, view = tables
         return State([[head]], [0], given, near, view)
 
     @property
-    def has_view(self) -> bool:
-        """Whether there is a second view."""
-        return self.rows.bucket(0).view is not None
-
-    @property
     def _answers(self) -> int:
-        return self.classes * VIEW_LEVELS
+        return self.classes * VIEW_LEVELS if self.has_view else 1
 
     # -- rounds --
 
     def _all_rounds(self, first: State) -> tuple[State, list[dict[str, float]]]:
         if (saved := self.steps.load("rounds")) is None:
             most = -math.inf
-            for epochs in EPOCHS:  # the shortest fit that a longer one does not clearly beat
+            for epochs in EPOCHS:  # the first kind that a later one does not clearly beat
                 if (trial := self.steps.load(f"trial-{epochs}")) is None:
                     state, entry = self._round(first, 0, epochs)
                     trial = self.steps.save(f"trial-{epochs}", packed(state, {"history": [entry]}))
@@ -204,7 +215,7 @@ class EM:
     def _round(self, before: State, number: int, epochs: int) -> tuple[State, dict[str, float]]:
         self.bar.set_description(f"round {number + 1}")
         key = seed_of(1, self.seed, number)
-        heads = self._fit(before, key, epochs)
+        heads = fit_heads(self._fit(epochs), partial(self._posterior, before), key)
         steps = VIEW_STEPS if self.has_view else ROUND_STEPS
         state, sums = self.maximised(replace(before, heads=[heads], keys=[key]), steps)
         leads = self._view_leads(sums)
@@ -260,36 +271,14 @@ class EM:
             best, chosen = sums.log_likelihood, exponent
         return replace(state, exponent=1 - (1 - chosen) * trust)
 
-    def _fit(self, before: State, key: int, epochs: int) -> list[nn.Module]:
-        targets = partial(self._targets, before)
-        return fit_heads(
-            self.rows,
-            targets,
-            self.reference,
-            self.reference_labels,
-            key,
-            classes=self.classes,
-            epochs=epochs,
-            hidden=self.hidden,
-        )
-
-    def _targets(self, state: State, bucket: Bucket, places: Tensor) -> Tensor:
-        return self._posterior(state, bucket, places)
+    def _fit(self, epochs: int) -> Fit:
+        return Fit(self.rows, self.synthetic, self.synthetic_labels, self.classes, epochs, self.hidden)
 
     def held_out_probs(self, state: State, epochs: int) -> Tensor:
         """What heads of the same kind say of synthetic images that they were not trained on, (M, C)."""
         if (saved := self.steps.load("held-out")) is None:
             self.bar.set_description("held-out synthetic images")
-            probs = held_out_probs(
-                self.rows,
-                partial(self._targets, state),
-                self.reference,
-                self.reference_labels,
-                seed_of(2, self.seed),
-                classes=self.classes,
-                epochs=epochs,
-                hidden=self.hidden,
-            )
+            probs = held_out_probs(self._fit(epochs), partial(self._posterior, state), seed_of(2, self.seed))
             saved = self.steps.save("held-out", Saved({"probs": probs}, {}))
         return saved.tensors["probs"]
 
@@ -308,7 +297,7 @@ class EM:
     def sums(self, state: State, softening: float = 1.0) -> Sums:
         """One pass over all images."""
         shapes = ((self.classes,) * 2, (self.classes,) * 2, (self._answers, self.classes))
-        totals = [torch.zeros(shape, dtype=torch.float64, device=self.reference.device) for shape in shapes]
+        totals = [torch.zeros(shape, dtype=torch.float64, device=self.synthetic.device) for shape in shapes]
         scatter = chance = log_likelihood = stays = view_stays = 0.0
         lengths = state.by_near.square().sum(dim=0)  # (C,)
         for bucket in self.rows.buckets():
@@ -319,14 +308,13 @@ class EM:
                 joint = state.join(self._head_probs(state, bucket, part, softening), chunk)
                 if state.view_leads:
                     given.index_add_(0, chunk.given, joint)
-                joint.mul_(state.heard(chunk.given))
+                joint.mul_(state.given_likelihood(chunk.given))
                 likelihood = joint.sum(dim=1, keepdim=True).clamp_min_(1e-30)
                 posterior = joint.div_(likelihood)
                 if not state.view_leads:
                     given.index_add_(0, chunk.given, posterior)
                 if chunk.near_labels is not None and chunk.near_weights is not None:
-                    for labels, weights in zip(chunk.near_labels.T, chunk.near_weights.T, strict=True):
-                        near.index_add_(0, labels, posterior * weights[:, None])
+                    near += _summed(posterior, chunk.near_labels, chunk.near_weights, self.classes)
                     winner = posterior.argmax(dim=1)
                     means = state.by_near[chunk.near_labels, winner[:, None]]  # (n, V)
                     apart = chunk.near_weights.square().sum() - 2 * (chunk.near_weights * means).sum()
@@ -351,8 +339,7 @@ class EM:
 
     def parts(self, count: int) -> Iterator[slice]:
         """So many rows in chunks."""
-        step = max(64, (1 << 21) // max(self.classes, HIDDEN))
-        return (slice(start, start + step) for start in range(0, count, step))
+        return parts(count, self.classes)
 
     @property
     def _holds(self) -> bool:
@@ -379,7 +366,20 @@ class EM:
             every = []
             for part in self.parts(len(bucket)):
                 chunk = bucket[part]
-                joint = state.join(self._head_probs(state, bucket, part), chunk) * state.heard(chunk.given)
-                every.append(F.normalize(joint, p=1, dim=1))
+                joint = state.join(self._head_probs(state, bucket, part), chunk) * state.given_likelihood(chunk.given)
+                every.append(as_probs(joint))
             self._posteriors = state, torch.cat(every)
         return self._posteriors[1][places]
+
+
+def _summed(values: Tensor, labels: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Sums of rows, (n, C), by the labels, (n, V), that each of them has, times the weights of these, (count, C)."""
+    order = labels.flatten().argsort(stable=True)
+    many = torch.bincount(labels.flatten(), minlength=count)
+    return F.embedding_bag(
+        order // labels.shape[1],
+        values,
+        many.cumsum(dim=0) - many,
+        per_sample_weights=weights.flatten()[order],
+        mode="sum",
+    )

@@ -1,12 +1,16 @@
 """Heads: components and soft targets in, small classifiers out that are cross-fitted, so that none scores what it saw.
 
+Most heads are small networks. Where classes are many and images of each few, a network learns too little in a short
+fit, and a linear discriminant, which one pass over the images gives in closed form, knows more: see `LINEAR`.
+
 Letters in shapes: N images, M synthetic images, K components, C classes, n rows of a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -24,9 +28,33 @@ WEIGHT_DECAY = 1e-2
 DROPOUT = 0.3
 TYPICAL_CONFIDENCE = 0.8  # of the prototypes, where a single synthetic image per class leaves nothing to hold out
 SYNTHETIC_SHARE = 0.3  # synthetic images drawn per real image of a batch
+LINEAR = 0  # epochs of linear discriminants
+CHUNK_ELEMENTS = 1 << 21  # probabilities of a chunk of rows
+RIDGE = 0.1  # times the mean variance within classes, added to each variance of a linear discriminant
 
-Targets = Callable[[Bucket, Tensor], Tensor]
+Targets = Callable[[Bucket, "Tensor | slice"], Tensor]
 """Soft targets, (n, C), of rows at these places of a bucket."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What heads are fitted to, beside the targets, and how.
+
+    Attributes:
+        rows: Real images.
+        synthetic: Components of the synthetic images, (M, K); none where M is 0.
+        labels: Their intended classes, (M,) int64.
+        classes: C.
+        epochs: Passes over the images; `LINEAR` stands for linear discriminants in closed form.
+        hidden: Units of the hidden layer; 0 makes the networks linear.
+    """
+
+    rows: Rows
+    synthetic: Tensor
+    labels: Tensor
+    classes: int
+    epochs: int
+    hidden: int = HIDDEN
 
 
 class Nearest(nn.Module):
@@ -48,39 +76,27 @@ def new_head(width: int, classes: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(hidden or width, classes))
 
 
-def fit_heads(
-    rows: Rows,
-    targets: Targets,
-    reference: Tensor,
-    reference_labels: Tensor,
-    key: int,
-    *,
-    classes: int,
-    epochs: int,
-    hidden: int = HIDDEN,
-    reference_rows: Sequence[Tensor] | None = None,
-) -> list[nn.Module]:
+def fit_heads(fit: Fit, targets: Targets, key: int, picked: Sequence[Tensor] | None = None) -> list[nn.Module]:
     """A head per fold, trained on the other folds' images with soft targets and on synthetic images.
 
     Args:
-        rows: Real images.
+        fit: Images, and the kind of heads.
         targets: Gives soft targets, anew for every batch.
-        reference: Components of the synthetic images, (M, K); none where M is 0.
-        reference_labels: Their intended classes, (M,) int64.
         key: Draws folds, weights and batches; `hashed(numbers, key, FOLDS)` is the fold of a row.
-        classes: C.
-        epochs: Passes over the images.
-        hidden: Units of the hidden layer; 0 makes the heads linear.
-        reference_rows: Rows of `reference` that each fold's head is trained on; all by default.
+        picked: Synthetic images that each fold's head is trained on; all by default.
     """
-    device = reference.device
+    picked = picked or [torch.arange(len(fit.synthetic))] * FOLDS
+    return _discriminants(fit, targets, key, picked) if fit.epochs == LINEAR else _networks(fit, targets, key, picked)
+
+
+def _networks(fit: Fit, targets: Targets, key: int, picked: Sequence[Tensor]) -> list[nn.Module]:
+    rows, device = fit.rows, fit.synthetic.device
     generator = torch.Generator().manual_seed(key)
     torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))
     batch = min(max(BATCH[0], len(rows) // FOLDS // STEPS_PER_EPOCH), BATCH[1])
-    steps = epochs * max(STEPS_PER_EPOCH, rows.count(batch * FOLDS))
+    steps = fit.epochs * max(STEPS_PER_EPOCH, rows.count(batch * FOLDS))
     drawn = max(round(SYNTHETIC_SHARE * batch), 1)
-    picked = reference_rows or [torch.arange(len(reference))] * FOLDS
-    heads = [new_head(reference.shape[1], classes, hidden).to(device) for _ in range(FOLDS)]
+    heads = [new_head(fit.synthetic.shape[1], fit.classes, fit.hidden).to(device) for _ in range(FOLDS)]
     stepping = [optimizer_step(head, steps) for head in heads]
     done = 0
     while done < steps:
@@ -92,12 +108,58 @@ def fit_heads(
                 inputs, outputs = [features[others]], [wanted[others]]
                 if len(picked[fold]):
                     picks = picked[fold][torch.randint(len(picked[fold]), (drawn,), generator=generator)].to(device)
-                    inputs.append(reference[picks])
-                    outputs.append(F.one_hot(reference_labels[picks], classes).float())
+                    inputs.append(fit.synthetic[picks])
+                    outputs.append(F.one_hot(fit.labels[picks], fit.classes).float())
                 if sum(map(len, inputs)):
                     step(F.cross_entropy(head(torch.cat(inputs)), torch.cat(outputs)))
             done += 1
     return [head.eval() for head in heads]
+
+
+@torch.no_grad()
+def _discriminants(fit: Fit, targets: Targets, key: int, picked: Sequence[Tensor]) -> list[nn.Module]:
+    """Linear discriminants: a mean per class, one covariance within all, in one pass over the images."""
+    classes, width, device = fit.classes, fit.synthetic.shape[1], fit.synthetic.device
+    sums = torch.zeros((FOLDS, classes, width), dtype=torch.float64, device=device)
+    counts = torch.zeros((FOLDS, classes), dtype=torch.float64, device=device)
+    squares = torch.zeros((FOLDS, width, width), dtype=torch.float64, device=device)
+    for bucket in fit.rows.buckets():
+        folds = hashed(bucket.numbers, key, FOLDS)
+        for part in parts(len(bucket), classes):
+            features, wanted = bucket.features[part].float(), targets(bucket, part)
+            for fold in range(FOLDS):
+                others = (folds[part] != fold).nonzero()[:, 0]
+                seen, shares = features[others], wanted[others]
+                sums[fold] += shares.T @ seen
+                counts[fold] += shares.sum(dim=0)
+                squares[fold] += seen.T @ seen
+    heads: list[nn.Module] = []
+    for fold, own in enumerate(picked):
+        seen, intended = fit.synthetic[own.to(device)].double(), fit.labels[own.to(device)]
+        weight = SYNTHETIC_SHARE * float(counts[fold].sum()) / max(len(seen), 1)
+        count = counts[fold] + weight * torch.bincount(intended, minlength=classes)
+        means = sums[fold].index_add(0, intended, weight * seen) / count[:, None].clamp_min(1e-9)
+        total = count.sum().clamp_min(1e-9)
+        within = (squares[fold] + weight * seen.T @ seen - means.T @ (count[:, None] * means)) / total
+        within.diagonal().add_(RIDGE * within.diagonal().mean().clamp_min(1e-6))
+        weights = torch.linalg.solve(within, means.T).T
+        head = new_head(width, classes, 0).to(device)
+        prior = (count / total).clamp_min(1e-9).log()
+        values = {"0.weight": weights, "0.bias": prior - (weights * means).sum(dim=1) / 2}
+        head.load_state_dict(values)
+        heads.append(head.eval())
+    return heads
+
+
+def as_probs(values: Tensor) -> Tensor:
+    """Non-negative rows, (n, C), divided by their sums; several times as fast as `F.normalize`."""
+    return values / values.sum(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def parts(count: int, classes: int) -> Iterator[slice]:
+    """So many rows in chunks that the cache of a processor holds for the most part."""
+    step = max(64, CHUNK_ELEMENTS // max(classes, HIDDEN))
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def optimizer_step(head: nn.Module, steps: int) -> Callable[[Tensor], None]:
@@ -126,54 +188,46 @@ def fold_logits(heads: Sequence[nn.Module], key: int, features: Tensor, numbers:
     return torch.empty_like(joined).index_copy_(0, order, joined)
 
 
-def held_out_probs(
-    rows: Rows,
-    targets: Targets,
-    reference: Tensor,
-    reference_labels: Tensor,
-    key: int,
-    *,
-    classes: int,
-    epochs: int,
-    hidden: int = HIDDEN,
-) -> Tensor:
+def held_out_probs(fit: Fit, targets: Targets, key: int) -> Tensor:
     """What heads that were not trained on them say of synthetic images, (M, C)."""
-    count = len(reference)
+    count = len(fit.synthetic)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(key))
     fold_of = torch.arange(count) % FOLDS
     others = [order[fold_of != fold] if count >= FOLDS else order for fold in range(FOLDS)]
-    more = {"classes": classes, "epochs": epochs, "hidden": hidden}
-    heads = fit_heads(rows, targets, reference, reference_labels, key, **more, reference_rows=others)
-    probs = reference.new_empty((count, classes))
+    heads = fit_heads(fit, targets, key, others)
+    probs = fit.synthetic.new_empty((count, fit.classes))
     with torch.no_grad():
         for fold, head in enumerate(heads):
-            held_out = order[fold_of == fold].to(reference.device)
-            probs[held_out] = head(reference[held_out]).softmax(dim=1)
+            held_out = order[fold_of == fold].to(fit.synthetic.device)
+            probs[held_out] = head(fit.synthetic[held_out]).softmax(dim=1)
     return probs
 
 
-def prototypes_of(reference: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
+def prototypes_of(synthetic: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
     """Prototypes of length one, (C, K), and how often those of the other images are right about a synthetic image."""
-    sums = torch.zeros((classes, reference.shape[1]), device=reference.device).index_add_(0, labels, reference)
+    sums = torch.zeros((classes, synthetic.shape[1]), device=synthetic.device).index_add_(0, labels, synthetic)
     counts = torch.bincount(labels, minlength=classes)[:, None]
     prototypes = F.normalize(sums / counts, dim=1)
     several = counts[labels, 0] > 1  # a class's only image cannot be left out
     if not bool(several.any()):
         return prototypes, TYPICAL_CONFIDENCE
-    own = F.normalize(reference, dim=1)
+    own = F.normalize(synthetic, dim=1)
     cosine = own @ prototypes.T
-    rest = F.normalize(sums[labels] - reference, dim=1)
+    rest = F.normalize(sums[labels] - synthetic, dim=1)
     cosine[torch.arange(len(cosine), device=cosine.device), labels] = (own * rest).sum(dim=1)
     right = float((cosine.argmax(dim=1) == labels)[several].float().mean())
     return prototypes, min(max(right, 1.5 / classes, 0.3), 0.95)
 
 
-def sharpness(cosine: Tensor, confidence: float) -> float:
+def fit_temperature(cosine: Tensor, confidence: float) -> float:
     """The factor at which softmax(factor * cosine) has this mean confidence, by bisection of its logarithm."""
     low, high = 0.1, 1000.0
+    below = cosine - cosine.amax(
+        dim=1, keepdim=True
+    )  # the largest probability is one over the sum of their exponentials
     for _ in range(30):
         middle = math.sqrt(low * high)
-        if float((middle * cosine).softmax(dim=1).max(dim=1).values.mean()) < confidence:
+        if float((middle * below).exp_().sum(dim=1).reciprocal_().mean()) < confidence:
             low = middle
         else:
             high = middle

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK_ELEMENTS = 1 << 25
-"""Cosines held at once, 134 MB."""
+BLOCK_ELEMENTS = 1 << 23
+"""Cosines held at once, 34 MB."""
 
 
 def nearest(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -30,9 +30,10 @@ def nearest(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     cosines = torch.empty((total, max(count, 0)), device=features.device)
     if count < 1:
         return rows, cosines
-    step = max(1, BLOCK_ELEMENTS // total)
+    step = min(total, max(1, BLOCK_ELEMENTS // total))
+    held = torch.empty((step, total), device=features.device)
     for start in range(0, total, step):
-        block = directions[start : start + step] @ directions.T  # (b, n)
+        block = torch.mm(directions[start : start + step], directions.T, out=held[: min(step, total - start)])  # (b, n)
         own = torch.arange(len(block), device=features.device)
         block[own, start + own] = -2.0  # a row is no neighbour of itself
         best = block.topk(count, dim=1)
@@ -57,7 +58,7 @@ def neighbour_labels(rows: Tensor, weights: Tensor, given: Tensor, classes: int,
     labels = torch.empty((len(rows), keep), dtype=torch.int64, device=given.device)
     shares = torch.empty((len(rows), keep), device=given.device)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    step = max(1, BLOCK_ELEMENTS // 8 // classes)
+    step = max(1, BLOCK_ELEMENTS // 2 // classes)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         table = weights.new_zeros((len(rows[part]), classes)).scatter_add_(1, given[rows[part]], weights[part])

@@ -19,7 +19,7 @@ from synth_refine.refine.checks import Story, check_row_order, compare_stories
 from synth_refine.refine.decide import Policy, default_odds, fit_transition, honest_exponent, propose, safe_odds
 from synth_refine.refine.em import EM
 from synth_refine.refine.estimates import Estimates, estimate_noise
-from synth_refine.refine.heads import HIDDEN, Nearest, fit_heads, fold_logits
+from synth_refine.refine.heads import HIDDEN, Fit, Nearest, fit_heads, fold_logits
 from synth_refine.refine.result import Reason
 from synth_refine.refine.rows import Bucket, MemoryRows, Rows, seed_of
 from synth_refine.refine.state import State
@@ -69,7 +69,7 @@ def solve(em: EM, *, threshold: float | str | None = None, force: bool = False) 
             for none.
         force: Change labels although a check advises against it.
     """
-    with torch.random.fork_rng(devices=[em.reference.device] if em.reference.is_cuda else []):
+    with torch.random.fork_rng(devices=[em.synthetic.device] if em.synthetic.is_cuda else []):
         first, _ = em.first()
         story = _story(em, first)
         if story.message and not force:
@@ -81,7 +81,7 @@ def solve(em: EM, *, threshold: float | str | None = None, force: bool = False) 
 
 def _story(em: EM, first: State) -> Story:
     """What prototypes and heads that were trained on the given labels alone tell about a sample of the images."""
-    heads, key = label_heads(em.rows, em.classes, em.reference, em.seed, em.hidden)
+    heads, key = label_heads(em.rows, em.classes, em.synthetic, em.seed, em.hidden)
     sample = _sample(em)
     with torch.no_grad():
         logits = fold_logits(heads, key, sample.features.float(), sample.numbers)
@@ -91,15 +91,15 @@ def _story(em: EM, first: State) -> Story:
 
 
 def label_heads(
-    rows: Rows, classes: int, reference: Tensor, seed: int, hidden: int = HIDDEN, epochs: int = 2
+    rows: Rows, classes: int, synthetic: Tensor, seed: int, hidden: int = HIDDEN, epochs: int = 2
 ) -> tuple[list[nn.Module], int]:
     """Cross-fitted heads that were trained on the given labels alone, and what draws their folds."""
 
-    def targets(bucket: Bucket, places: Tensor) -> Tensor:
+    def targets(bucket: Bucket, places: Tensor | slice) -> Tensor:
         return F.one_hot(bucket.given[places], classes).float()
 
-    key, none = seed_of(3, seed), torch.empty(0, dtype=torch.int64, device=reference.device)
-    return fit_heads(rows, targets, reference[:0], none, key, classes=classes, epochs=epochs, hidden=hidden), key
+    key, none = seed_of(3, seed), torch.empty(0, dtype=torch.int64, device=synthetic.device)
+    return fit_heads(Fit(rows, synthetic[:0], none, classes, epochs, hidden), targets, key), key
 
 
 def _sample(em: EM) -> Bucket:
@@ -112,7 +112,7 @@ def _refused(em: EM, first: State, story: Story) -> Solution:
     """Nothing changes, because the two sides contradict each other."""
     thresholds = torch.zeros(em.classes)
     policy = Policy(1.0, 1.0, thresholds, Reason.MISMATCH)
-    probs = torch.full((len(em.reference), em.classes), 1 / em.classes)
+    probs = torch.full((len(em.synthetic), em.classes), 1 / em.classes)
     warnings = (f"nothing is changed: {story.message}",)
     return Solution(first, policy, Estimates(), story, probs, math.nan, 0.0, [], warnings)
 
@@ -126,7 +126,7 @@ def _decided(
     threshold: float | str | None,
     force: bool,
 ) -> Solution:
-    labels = em.reference_labels
+    labels = em.synthetic_labels
     accuracy = float((held_out.argmax(dim=1) == labels).float().mean())
     weak = accuracy < RECOGNIZED
     min_odds = default_odds(history[-1]["noise"])

@@ -6,13 +6,14 @@ Letters in shapes: N images, K components, C classes, n rows of a chunk, V neigh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from synth_refine.refine.heads import Nearest, fold_logits, new_head
+from synth_refine.refine.heads import Nearest, as_probs, fold_logits, new_head
 from synth_refine.refine.rows import Bucket
 
 VIEW_LEVELS = 8  # of confidence, at which a second view's answers are told apart
@@ -32,7 +33,7 @@ class State:
         votes: Independent votes that the labels of a neighbourhood are worth.
         exponent: Of what heads and neighbours say together, at most 1; below 1 they are too sure.
         view_leads: Whether the second view is so much better than the given labels that these are judged without
-            being heard themselves.
+            being an annotator themselves.
     """
 
     heads: list[list[nn.Module]]
@@ -53,17 +54,23 @@ class State:
         return probs / len(self.heads)
 
     def join(self, head_probs: Tensor, rows: Bucket) -> Tensor:
-        """The same after hearing all annotators but the given labels, (n, C)."""
+        """The same with what all annotators but the given labels say, (n, C)."""
         if self.votes and rows.near_labels is not None:
             log_probs = F.embedding_bag(
-                rows.near_labels, self.by_near.log(), per_sample_weights=rows.near_weights, mode="sum"
+                rows.near_labels, self.log_by_near, per_sample_weights=rows.near_weights, mode="sum"
             )
-            head_probs = head_probs * log_probs.sub_(log_probs.amax(dim=1, keepdim=True)).mul_(self.votes).exp_()
+            votes = log_probs.sub_(log_probs.amax(dim=1, keepdim=True)).mul_(self.votes).exp_()
+            head_probs = votes.mul_(head_probs)
         if self.exponent != 1:
-            head_probs = F.normalize(head_probs, p=1, dim=1) ** self.exponent
+            head_probs = as_probs(head_probs).log_().mul_(self.exponent).exp_()
         if rows.view is not None:
             head_probs = head_probs * self.by_view[rows.view]
-        return F.normalize(head_probs, p=1, dim=1)
+        return as_probs(head_probs)
+
+    @cached_property
+    def log_by_near(self) -> Tensor:
+        """Logarithms of `by_near`, (C, C)."""
+        return self.by_near.log()
 
     def probs(self, rows: Bucket) -> Tensor:
         """p(true class | image, all annotators but the given labels), (n, C)."""
@@ -71,9 +78,9 @@ class State:
 
     def posterior(self, rows: Bucket) -> Tensor:
         """p(true class | image, all annotators), (n, C)."""
-        return F.normalize(self.probs(rows) * self.heard(rows.given), p=1, dim=1)
+        return as_probs(self.probs(rows) * self.given_likelihood(rows.given))
 
-    def heard(self, given: Tensor) -> Tensor:
+    def given_likelihood(self, given: Tensor) -> Tensor:
         """What the given labels say of each class, (n, C)."""
         likelihood = self.by_given[given]
         return likelihood**LED_EXPONENT if self.view_leads else likelihood

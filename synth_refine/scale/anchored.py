@@ -160,9 +160,9 @@ class Anchored:
         with tqdm(total=self.rounds, unit=" rounds", disable=not progress) as bar:
             frame, rows = self._rows(store, steps, bar)
             words = None if self.text is None else frame.text(self.text)
-            reference = frame.synthetic(self.synthetic)
+            synthetic = frame.synthetic(self.synthetic)
             em = EM(
-                rows, reference, self.intended, self.classes, self.seed, self.rounds, words=words, steps=steps, bar=bar
+                rows, synthetic, self.intended, self.classes, self.seed, self.rounds, words=words, steps=steps, bar=bar
             )
             check_order(em)
             solution = solve(em, threshold=self.threshold, force=self.force)
