@@ -105,6 +105,10 @@ def test_from_the_folder_to_the_page_and_back(
     page = (source / "result" / "report" / "report.html").read_text()
     changes = read_csv("changes", source / "result" / "refined" / "changes.csv")
     assert all(one in page for one in changes["id"])
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])  # type: ignore[index]
+    assert shown["folder"] == "../../photos/"
+    assert 2 in shown["kind"]  # suspicious kept labels
+    assert None not in shown["odds"]
     assert content(source / "photos") == before
 
     written = content(source / "result")
@@ -113,6 +117,8 @@ def test_from_the_folder_to_the_page_and_back(
     assert cli.main(["report", "result", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert content(source / "result") == written
+    assert cli.main(["report", "result", "--single-file", "--audit", "5"]) == 0
+    assert "report.html will hold" in capsys.readouterr().err
 
     changed = [row for row, action in enumerate(changes["action"]) if action == "change"]
     table: dict[str, list[object]] = {

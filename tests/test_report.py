@@ -21,6 +21,7 @@ from synth_refine._io.atomic import file_hash
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
 from synth_refine.labels.artifact import WrongBase, WrongIds, read_artifact, record, write_artifact
+from synth_refine.labels.audit import audit_sample
 from synth_refine.labels.files import read_labels_and_ids, write_labels
 from synth_refine.labels.review import reviewed
 from synth_refine.refine.prototypes import prototype_quality
@@ -31,7 +32,9 @@ from synth_refine.review.evidence import (
     SweepRow,
     nearest_synthetic,
     read_evidence,
+    shown_rows,
     taken_from,
+    unreadable,
     write_evidence,
 )
 from synth_refine.review.report import ALONE_SIDE, write_report
@@ -95,6 +98,13 @@ def review_of(count: int = 120, classes: tuple[str, ...] = ("cat", "dog", "frog"
 def showing(review: Review, **changes: Any) -> Review:
     """The same review with other evidence."""
     return replace(review, evidence=replace(review.evidence, **changes))
+
+
+def thoughtful(review: Review) -> Review:
+    """The same review with the most probable other class of every image; the higher its row, the higher the odds."""
+    artifact = review.artifact
+    other = np.where(artifact.action == "change", artifact.labels, (artifact.given + 1) % artifact.num_classes)
+    return showing(review, probable=other, odds=np.arange(1, len(other) + 1) / 50)
 
 
 def changed(review: Review) -> list[int]:
@@ -385,6 +395,176 @@ def test_accept_all_takes_what_the_filters_show_and_is_one_step(small: Path, vis
     assert "0 accepted, 1 kept as given" in tally(tab)
 
 
+def test_undecided_images_name_the_probable_class_and_a_r_c_d_work_at_once(
+    visit: Callable[..., Any], tmp_path: Path
+) -> None:
+    review = thoughtful(review_of())
+    artifact = review.artifact
+    tab = visit(write_report(review, tmp_path))
+    assert tab.locator("#bulk-accept").inner_text() == "Accept new label"
+    tab.select_option("#kind", "1")
+    assert tab.locator("#bulk-accept").inner_text() == "Accept probable class"
+    rows = [list(artifact.ids).index(one) for one in names(tab)]
+    texts = tab.locator(".card .labels").all_inner_texts()
+    probable = [(int(artifact.given[row]) + 1) % 3 for row in rows]
+    assert texts == [
+        f"{review.classes[artifact.given[row]]} probably {review.classes[right]}?"
+        for row, right in zip(rows, probable, strict=True)
+    ]
+    tab.click("header a[href='#review']")
+    for key in "ard":
+        tab.keyboard.press(key)
+    tab.keyboard.press("c")
+    third = (probable[3] + 1) % 3
+    pick(tab, review.classes[third])
+    found = {row["id"]: (row["decision"], row["label"]) for row in export(tab, tmp_path / "decisions.csv")}
+    given = [review.classes[artifact.given[row]] for row in rows]
+    assert found == {
+        artifact.ids[rows[0]]: ("accept", review.classes[probable[0]]),
+        artifact.ids[rows[1]]: ("reject", given[1]),
+        artifact.ids[rows[2]]: ("remove", given[2]),
+        artifact.ids[rows[3]]: ("correct" if third != artifact.given[rows[3]] else "reject", review.classes[third]),
+    }
+    tab.click("#bulk-accept")
+    assert tab.locator(".card[data-state=accept]").count() == len(rows) - 3
+
+
+def test_several_images_at_once_also_decided_ones(visit: Callable[..., Any], tmp_path: Path) -> None:
+    tab = visit(write_report(thoughtful(review_of()), tmp_path))
+    cards, states = tab.locator(".card"), "[...document.querySelectorAll('.card')].map((one) => one.dataset.state)"
+    cards.nth(1).locator(".name").click()
+    cards.nth(4).locator(".name").click(modifiers=["Shift"])
+    assert tab.locator("#bulk-what").inner_text() == "4 chosen images:"
+    tab.keyboard.press("a")
+    assert tab.evaluate(states)[:6] == ["open", *["accept"] * 4, "open"]
+    cards.nth(3).locator(".name").click()
+    tab.keyboard.press("Space")
+    tab.keyboard.press("Shift+ArrowRight")
+    tab.keyboard.press("Shift+ArrowRight")
+    tab.click("#bulk-reject")
+    assert tab.evaluate(states)[:7] == ["open", "accept", "accept", *["reject"] * 3, "open"]
+    corners = [cards.nth(place).bounding_box() for place in (0, 2)]
+    tab.mouse.move(corners[0]["x"] + 30, corners[0]["y"] + 30)
+    tab.mouse.down()
+    tab.mouse.move(corners[1]["x"] + 40, corners[1]["y"] + 40, steps=4)
+    tab.mouse.up()
+    assert tab.locator("#bulk-what").inner_text() == "3 chosen images:"
+    assert not tab.locator("#full").is_visible()
+    tab.keyboard.press("d")
+    assert tab.evaluate(states)[:4] == ["remove"] * 3 + ["reject"]
+    tab.keyboard.press("u")
+    tab.keyboard.press("u")
+    assert tab.evaluate(states)[:6] == ["open", *["accept"] * 4, "open"]
+
+
+def test_kept_labels_can_be_called_up_by_class_the_most_suspicious_first(
+    visit: Callable[..., Any], tmp_path: Path
+) -> None:
+    review = thoughtful(review_of())
+    artifact = review.artifact
+    tab = visit(write_report(review, tmp_path))
+    table = tab.locator(".classes tbody tr").all_inner_texts()
+    assert table[0].split()[:3] == ["cat", "40", "0"]  # given, and after
+    tab.get_by_role("button", name="Suspicious kept labels of frog").click()
+    kept = [row for row in range(120) if artifact.action[row] == "keep" and artifact.given[row] == 2]
+    assert names(tab) == [artifact.ids[row] for row in kept[::-1]]
+    assert tab.locator(".card .labels").first.inner_text() == "frog or cat?"
+    tab.keyboard.press("a")
+    assert tally(tab).startswith("0 of 48 decided")
+    assert "1 of them kept labels" in tally(tab)
+    [row] = export(tab, tmp_path / "decisions.csv")
+    assert row == {"id": artifact.ids[kept[-1]], "given": "frog", "decision": "correct", "label": "cat"}
+    assert reviewed(artifact, tmp_path / "decisions.csv").labels[kept[-1]] == 0
+    tab.click("#reset")
+    tab.select_option("#kind", "0")
+    assert names(tab) == [artifact.ids[row] for row in changed(review)[::-1]]  # the largest odds first
+    tab.select_option("#sort", "unsure")
+    assert names(tab)[0] == artifact.ids[min(changed(review), key=lambda row: abs(np.log((row + 1) / 50)))]
+
+
+def test_a_picture_in_full_size_with_the_same_keys(visit: Callable[..., Any], tmp_path: Path) -> None:
+    review = replace(review_of(30, prefix="a #%?ä/"), folder=tmp_path / "photos of 1 %")
+    for row, one in enumerate(review.artifact.ids):
+        place = tmp_path / "photos of 1 %" / one
+        place.parent.mkdir(parents=True, exist_ok=True)
+        picture(row, 500).save(place)
+    tab = visit(write_report(review, tmp_path / "page"))
+    width = "document.getElementById('full-image').naturalWidth"
+    tab.locator("img.picture").nth(1).click()
+    until(tab, f"{width} === 500")
+    first = tab.locator("#full-image").get_attribute("src")
+    tab.keyboard.press("a")
+    assert tab.locator("#full-image").get_attribute("src") != first
+    assert "1 accepted" in tally(tab)
+    tab.keyboard.press("ArrowLeft")
+    assert tab.locator("#full .verdict").inner_text() == "accepted"
+    tab.locator("#full .remove").click()
+    tab.keyboard.press("Escape")
+    assert not tab.locator("#full").is_visible()
+    assert "0 accepted, 0 kept as given, 0 corrected, 1 removed" in tally(tab)
+    tab.keyboard.press("Enter")
+    assert tab.locator("#full").is_visible()
+    until(tab, f"{width} === 500")
+
+
+def test_the_audit_is_blind_and_its_estimate_is_that_of_the_command(
+    visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    review = review_of()
+    artifact = review.artifact
+    write_artifact("refined", artifact)
+    tab = visit(write_report(review, tmp_path / "page", audit=12))
+    for place in (0, 1):
+        tab.locator(".card .accept").nth(place).click()
+    tab.locator("#audit-open").focus()
+    tab.keyboard.press("Enter")
+    sample = audit_sample(artifact, 12).tolist()
+    assert len(sample) == 24
+    for place, row in enumerate(sample[:-1]):
+        text = tab.locator("#audit").inner_text()
+        assert f"Image {place + 1} of 24" in text
+        assert artifact.ids[row] not in text
+        assert not re.search("given|proposed|kept|change", text)
+        offered = tab.locator("#audit-choices bdi").all_inner_texts()
+        assert sorted(offered) == ["cat", "dog", "frog"]
+        tab.keyboard.press("d" if row % 7 == 0 else "x" if row % 11 == 0 else str(1 + offered.index("dog")))
+    tab.click("#audit-stop")
+    tab.reload()
+    assert tab.locator("#audit-open").inner_text() == "Go on (23 of 24)"
+    shown = {name: tab.locator(f"#audit-{name}").inner_text() for name in ("before", "proposed", "after")}
+    rows = export(tab, tmp_path / "decisions.csv")
+    assert [row["id"] for row in rows if row["decision"].startswith("audit")] == [
+        artifact.ids[row] for row in sample[:-1]
+    ]
+    assert cli.main(["review", "refined", "decisions.csv", "--out", "reviewed"]) == 0
+    found = read_artifact("reviewed").run["audit"]
+    for name, text in shown.items():
+        assert text == "{:.1f} % ({:.1f} % to {:.1f} %)".format(*(100 * value for value in found[name])), name
+    assert found["before"] != found["proposed"]
+    other = visit(tmp_path / "page" / "report.html")
+    other.set_input_files("#import", tmp_path / "decisions.csv")
+    until(other, "document.getElementById('tally').innerText.startsWith('2 of')")
+    assert other.locator("#audit-after").inner_text() == shown["after"]
+
+
+def test_a_single_file_keeps_its_pictures_wherever_it_goes(
+    visit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synth_refine.review.report.EMBEDDED_BYTES", 100)
+    said: list[str] = []
+    review = replace(review_of(30), folder=tmp_path / "nowhere")
+    page = write_report(review, tmp_path / "page", single_file=True, say=said.append)
+    [size] = [float(text.split()[-2]) for text in said]
+    assert size == pytest.approx(page.stat().st_size / 1e6, abs=0.2)
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+    moved = page.rename(tmp_path / "moved.html")
+    tab = visit(moved)
+    assert "file:" not in (tab.locator("meta[http-equiv]").get_attribute("content") or "")
+    tab.locator("img.picture").first.click()
+    until(tab, "document.getElementById('full-image').naturalWidth > 0")
+
+
 def test_a_reload_keeps_decisions_and_another_review_has_its_own(
     small: Path, visit: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -487,11 +667,50 @@ def test_names_that_turn_the_direction_of_text_leave_the_numbers_alone(tmp_path:
 
 
 def test_evidence_is_read_back_and_gives_the_same_page(tmp_path: Path) -> None:
-    for review in (review_of(), showing(review_of(), quality=None, threshold=[0.5, float("nan")], sweep=())):
+    found = unreadable((["a.png", "b.png"], {1: "image: cut off"}), ([], {}))
+    for review in (
+        showing(thoughtful(review_of()), findings=found),
+        showing(review_of(), quality=None, threshold=[0.5, float("nan")], sweep=(), odds=np.full(120, np.nan)),
+    ):
         write_evidence(tmp_path / "evidence.json", review.evidence)
         again = replace(review, evidence=read_evidence(tmp_path / "evidence.json"))
         assert again.evidence.synthetic_ids == review.evidence.synthetic_ids
-        assert write_report(review, tmp_path / "a").read_bytes() == write_report(again, tmp_path / "b").read_bytes()
+        page = write_report(review, tmp_path / "a").read_bytes()
+        assert page == write_report(again, tmp_path / "b").read_bytes()
+        assert (b"<td><bdi>b.png</bdi></td><td><bdi>image: cut off</bdi></td>" in page) == bool(
+            review.evidence.findings
+        )
+
+
+def test_a_page_shows_all_proposals_and_of_every_class_the_most_suspicious_kept_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("synth_refine.review.evidence.KEPT_ROWS", 30)
+    monkeypatch.setattr("synth_refine.review.evidence.KEPT_OF_CLASS", 1)
+    artifact = review_of().artifact
+    random = np.random.default_rng(0)
+    posterior = random.dirichlet(np.ones(3), 119)  # of all rows but the last
+    numbers = random.permutation(119)
+    known = shown_rows(
+        artifact, artifact.labels, lambda: [(numbers[:50], posterior[:50]), (numbers[50:], posterior[50:])]
+    )
+    rows, actions = known["rows"], artifact.action[known["rows"]]
+    assert actions.tolist() == ["change"] * 40 + ["abstain"] * 8 + ["keep"] * 30
+    probs = dict(zip(numbers.tolist(), posterior, strict=True))
+    for row, other, odds in zip(rows.tolist(), known["probable"].tolist(), known["odds"].tolist(), strict=True):
+        if row != 119:
+            rest = np.where(np.arange(3) == artifact.given[row], 0, probs[row])
+            assert other == rest.argmax()
+            assert odds == pytest.approx(rest.max() / probs[row][artifact.given[row]])
+    kept = rows[48:]
+    assert (np.diff(known["odds"][48:]) <= 0).all()
+    assert np.bincount(artifact.given[kept], minlength=3).tolist() == [0, 15, 15]  # cats are all changed
+    left = np.setdiff1d(np.flatnonzero(artifact.action == "keep"), [*kept, 119])
+    ratio = {row: known["odds"][place] for place, row in enumerate(rows.tolist())}
+    for row in left.tolist():
+        rest = np.where(np.arange(3) == artifact.given[row], 0, probs[row])
+        own = [ratio[one] for one in kept.tolist() if artifact.given[one] == artifact.given[row]]
+        assert rest.max() / probs[row][artifact.given[row]] <= min(own)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", "[" * 100_000, '{"rows": [1e400]}', "<html>"])
@@ -547,19 +766,29 @@ def test_5000_changes_stay_light(visit: Callable[..., Any], tmp_path: Path, monk
     assert "5,000 accepted" in tally(tab)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(scheme: str, visit: Callable[..., Any], tmp_path: Path) -> None:
-    review = review_of(60, ("c" * 400, "a class with many words in its long name", "f"), prefix="folder/" * 10)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 360), ("light", 1280)])
+def test_long_names_need_no_sideways_scrolling(
+    scheme: str, width: int, visit: Callable[..., Any], tmp_path: Path
+) -> None:
+    names = ("c" * 400, "a class with many words in its long name", "f", *(letter * 200 for letter in "ghijk"))
     tab = visit(
-        write_report(review, tmp_path, title="t" * 100),
-        viewport={"width": 390, "height": 844},
+        write_report(thoughtful(review_of(60, names, prefix="folder/" * 10)), tmp_path, title="t" * 100),
+        viewport={"width": width, "height": 800},
         color_scheme=scheme,
     )
     tab.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    beyond = """[...document.querySelectorAll('body *')].filter((one) => !one.closest('.scroll, .hidden, .skip, svg')
-        && one.getBoundingClientRect().right > 391).map((one) => one.outerHTML.slice(0, 80))"""
-    assert tab.evaluate(beyond) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    beyond = """(most) => [...document.querySelectorAll('body *')].filter(
+        (one) => one.getBoundingClientRect().right > most && !one.closest('.scroll, .near, .hidden, .skip, svg')).map((one) => one.outerHTML.slice(0, 80))"""
+    assert tab.evaluate(beyond, width + 1) == []
+    if width < 600:  # the way to the review is on the first screen
+        link = tab.locator("header a[href='#review']")
+        assert link.bounding_box()["y"] < 500
+        link.click()
+        assert tab.evaluate("document.activeElement.className") == "card"
+        tab.locator(".card .picture").first.click()
+        assert tab.locator("#full").bounding_box()["width"] <= width
+        tab.click("#full-close")
     tab.locator(".card .accept").first.click()
     assert "1 accepted" in tally(tab)
 

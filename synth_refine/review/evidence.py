@@ -133,7 +133,8 @@ def second_thoughts(
     before, best = np.asarray(given, dtype=np.int64), np.asarray(proposed, dtype=np.int64)
     probable, odds = np.where(best != before, best, -1), np.full(len(before), np.nan)
     for numbers, posterior in posteriors() if posteriors is not None else ():
-        rows, probs = np.asarray(numbers), np.array(posterior, dtype=np.float64)
+        rows = torch.as_tensor(numbers).cpu().numpy()
+        probs = torch.as_tensor(posterior).cpu().double().clone().numpy()
         own, places = before[rows], np.arange(len(rows))
         stays = probs[places, own]
         probs[places, own] = -1

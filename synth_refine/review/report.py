@@ -253,7 +253,7 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
         "given": artifact.given[rows].tolist(),
         "proposed": proposed.tolist(),
         "kind": kind.tolist(),
-        "confidence": [_number(value) for value in artifact.confidence[rows].tolist()],
+        "confidence": [_number(value) for value in np.where(kind == KEPT, np.nan, artifact.confidence[rows]).tolist()],
         "odds": [float(f"{value:.4g}") if np.isfinite(value) else None for value in odds.tolist()],
         "reasons": list(reasons),
         "reason": [reasons[text] for text in artifact.reason[rows].tolist()],

@@ -26,7 +26,7 @@ function drawQuestion() {
   $("audit-count").textContent = `Image ${number(asked + 1)} of ${number(data.audit.length)}; ${number(answers.size)} answered.`;
   large($("audit-image"), one.id, one.thumb, $("audit-note"));
   const button = (answer, key, ...children) =>
-    make("button", { type: "button", "data-answer": answer, "aria-keyshortcuts": key, "aria-pressed": String(answers.get(asked) === answer) }, make("kbd", {}, key), " ", ...children);
+    make("button", { type: "button", "data-answer": answer, "aria-keyshortcuts": key, "aria-pressed": String(answers.get(asked) === answer) }, make("kbd", {}, key), ...children);
   $("audit-choices").replaceChildren(
     ...one.offered.map((label, place) => button(label, String(place + 1), className(label))),
     button(NO_CLASS, "D", "None of the classes"),

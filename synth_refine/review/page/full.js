@@ -14,10 +14,10 @@ const SHOWN = /\.(jpe?g|png|webp|gif|bmp|avif)$/i; // what browsers decode
 
 // Set an <img> to the image file where the page can reach it, to the thumbnail otherwise.
 function large(image, id, thumb, note) {
-  const small = () => {
+  const small = (event) => {
     image.onerror = null;
     image.src = data.thumbs[thumb];
-    note.textContent = "The image file cannot be reached from here; this is its thumbnail.";
+    note.textContent = event ? "The image file cannot be reached from here; this is its thumbnail." : "";
   };
   note.textContent = thumb < 0 ? "no picture" : "";
   image.hidden = thumb < 0;

@@ -70,8 +70,8 @@ const TITLES = {
 function choices(index) {
   const button = (action, text) =>
     make("button", { type: "button", class: action, "data-action": action, "aria-keyshortcuts": KEYS[action], tabindex: "-1", title: action === "accept" ? TITLES.accept[data.kind[index]] : TITLES[action] }, text);
-  const accept = data.proposed[index] < 0 ? [] : [button("accept", "Accept")]; // a proposed removal has its button
-  return [...accept, button("reject", "Keep given"), button("correct", "Other…"), button("remove", "Remove")];
+  const accept = data.proposed[index] < 0 ? [] : [button("accept", data.kind[index] === KEPT ? "Change" : "Accept")]; // a proposed removal has its button
+  return [...accept, button("reject", "Keep"), button("correct", "Other…"), button("remove", "Remove")];
 }
 
 // What is proposed, in words: a change, or a class that is probable without enough reason to change.
@@ -87,7 +87,7 @@ const odds = (value) => (value >= 1000 ? "over 1,000" : value >= 10 ? value.toFi
 
 function card(index) {
   const sure = data.confidence[index];
-  const facts = [sure === null ? "confidence unknown" : `confidence ${sure.toFixed(2)}`];
+  const facts = data.kind[index] === KEPT ? [] : [sure === null ? "confidence unknown" : `confidence ${sure.toFixed(2)}`];
   if (data.odds[index] !== null) facts.push(`odds ${odds(data.odds[index])}`);
   const gauge = make("span", { class: "gauge", "aria-hidden": "true" }, make("span"));
   gauge.firstChild.style.width = `${100 * Math.min(Math.max(sure ?? 0, 0), 1)}%`;
@@ -105,7 +105,7 @@ function card(index) {
       { class: "body" },
       make("p", { class: "labels" }, ...labels(index)),
       make("p", { class: "verdict" }),
-      make("div", { class: "sure" }, gauge, facts.join(", ")),
+      make("div", { class: "sure" }, ...(sure === null ? [] : [gauge]), facts.join(", ")),
       make("p", { class: "why" }, data.kind[index] === KEPT ? "kept, but suspicious" : data.reasons[data.reason[index]]),
       make("p", { class: "name", title: data.id[index] }, make("bdi", {}, data.id[index])),
     ),

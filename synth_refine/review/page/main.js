@@ -12,11 +12,10 @@ fill("audit-class", data.classes.map((_, label) => label), "another class…");
 $("reason").append(...data.reasons.flatMap((text, place) => (text ? [make("option", { value: place }, text)] : [])));
 if (!data.kind.includes(CHANGE) && toDecide) $("kind").value = String(ABSTAIN);
 
-for (const id of FILTERS) $(id).addEventListener("input", filter);
 $("kind").addEventListener("input", () => {
   if ($("kind").value === String(KEPT)) $("sort").value = "gain";
-  filter();
 });
+for (const id of FILTERS) $(id).addEventListener("input", filter);
 $("reset").addEventListener("click", () => {
   for (const id of ["old", "new", "reason", "state", "low", "high", "text"]) $(id).value = "";
   filter();
