@@ -39,7 +39,6 @@ from synth_refine._io.check import (
     is_auto,
     label_tensor,
 )
-from synth_refine.refine.copies import without_copies
 from synth_refine.refine.decide import propose
 from synth_refine.refine.em import EM
 from synth_refine.refine.heads import HIDDEN
@@ -72,8 +71,7 @@ def refine_anchored(
     """Refine labels by synthetic images of known class, the labels of neighbours and a model of how labels go wrong.
 
     Args:
-        features: Features of the real images, (N, D), float16 to float64, of any frozen encoder. Rows that are not
-            finite cannot be scored, nor can three or more equal rows that have different labels.
+        features: Features of the real images, (N, D), float16 to float64, of any frozen encoder.
         given: Given labels, (N,) integers in [0, C). Classes may be missing.
         synthetic_features: Features of the synthetic images by the same encoder, (M, D), at least one per class.
         synthetic_labels: Their intended classes, (M,) integers in [0, C).
@@ -109,8 +107,8 @@ def refine_anchored(
     classes = _checked(features, given, synthetic_features, synthetic_labels, num_classes, text_prototypes, second_view)
     check_options(threshold, seed=seed, rounds=rounds, hidden=hidden)
     device = features.device if isinstance(features, Tensor) else CPU
-    synthetic = float_tensor(synthetic_features, torch.float32, device)
-    real = float_tensor(without_copies(features, given), torch.float32, device)
+    tensors = [float_tensor(one, torch.float32, device) for one in (features, synthetic_features)]
+    real, synthetic = tensors
     labels, intended = label_tensor(given, device), label_tensor(synthetic_labels, device)
     count = len(real)
     scored = real.isfinite().all(dim=1)

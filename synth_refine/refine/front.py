@@ -164,6 +164,7 @@ def refine(
     if refiner == "paper" and logits is None and synthetic_features is None and weight not in (None, 1):
         raise InputError(f"weight: expected 1 where there is no classifier, got {weight}")
     doubts = check(features, given, **about, prototypes=prototypes, num_classes=num_classes)
+    features = without_copies(features, given)
     if refiner == "anchored":
         result = refine_anchored(
             features,
@@ -179,7 +180,6 @@ def refine(
         )
     else:
         half = 0.5 if weight is None else weight
-        features = without_copies(features, given)
         logits, prototypes, calibrated = _paper_evidence(
             features, given, synthetic_features, synthetic_labels, prototypes, logits, num_classes, half, seed
         )
