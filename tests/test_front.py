@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from gaussians import problem
 
 from synth_refine import InputError, class_prototypes, refine_anchored, refine_labels
@@ -148,3 +149,40 @@ def test_doubts_are_said_before_the_work_and_in_the_result(one, images, prototyp
 def test_labels_in_another_order_are_an_error_whichever_refiner(refiner, one, images):
     with pytest.raises(InputError, match="given: expected labels of these images in this order"):
         refine(one.features, np.roll(one.given, 100), refiner=refiner, **images)
+
+
+@pytest.mark.parametrize("refiner", ["anchored", "paper"])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_a_picture_with_many_labels_says_nothing_and_keeps_them(refiner, kind, one, images):
+    features = one.features.copy()
+    rows = {label: np.flatnonzero(one.given == label)[:3] for label in range(4)}
+    shown = np.concatenate([rows[0], rows[1]])
+    features[shown] = features[rows[3][0]] + 1  # six copies with two labels
+    features[rows[2]] = features[rows[2][0]]  # three with one: a photo that somebody counts thrice
+    arrays = {name: kind(value) for name, value in images.items()}
+    before = features.copy()
+    result = refine(kind(features), kind(one.given), refiner=refiner, **arrays)
+    assert (features == before).all()
+    unscored = np.flatnonzero(np.asarray(result.proposed) < 0).tolist()
+    assert unscored == sorted(shown.tolist())
+    artifact = result.record(kind(one.given), ids=[str(row) for row in range(600)])
+    assert set(artifact.action[shown]) == {"abstain"}
+    assert any(
+        text.startswith("6 of 600 images that were looked at are copies") for text in result.diagnostics.warnings
+    )
+
+
+def test_where_all_images_are_one_picture_all_labels_stay(one, images):
+    features = np.repeat(one.features[:1], 600, axis=0)
+    for refiner in ("anchored", "paper"):
+        result = refine(features, one.given, refiner=refiner, **images)
+        assert (result.apply(one.given) == one.given).all()
+        assert set(result.record(one.given).action) == {"abstain"}
+
+
+def test_a_class_whose_synthetic_images_are_one_picture_is_named(one, images):
+    synthetic = one.synthetic.copy()
+    assert not any("one picture" in text for text in check(one.features, one.given, **images))
+    synthetic[one.synthetic_labels == 2] = synthetic[one.synthetic_labels == 2][0]
+    [doubt] = check(one.features, one.given, synthetic_features=synthetic, synthetic_labels=one.synthetic_labels)
+    assert doubt.startswith("all synthetic images of class 2 are one picture")

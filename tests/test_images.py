@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,39 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
 def test_images_of_any_size_come_to_the_size_of_the_encoder(tmp_path: Path) -> None:
     for row, size in enumerate([(40, 20), (16, 16), (9, 30)]):
         (tmp_path / "in" / "cat").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, RED).save(tmp_path / "in" / "cat" / f"{row}.png")
+        image = Image.new("RGB", size, RED)
+        image.putpixel((size[0] // 2, size[1] // 2), (0, 0, 0))
+        image.save(tmp_path / "in" / "cat" / f"{row}.png")
     features, bad = embed_images(Mean((16, 16)), open_images(tmp_path / "in"), tmp_path / "kept")
     assert not bad
-    assert np.allclose(features, RED, atol=0.1)
+    assert np.allclose(features, RED, atol=5)
+
+
+def test_blank_pictures_are_bad_and_copies_have_the_same_features_to_the_last_bit(tmp_path: Path) -> None:
+    save(tmp_path / "in", *(f"cat/{row:02d}.png" for row in range(6)))
+    for row, copy in ((0, "cat/30.png"), (3, "dog/31.png")):
+        (tmp_path / "in" / copy).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "in" / f"cat/{row:02d}.png", tmp_path / "in" / copy)
+    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "in" / "cat" / "clear.png")
+    Image.new("L", (8, 8), 77).save(tmp_path / "in" / "cat" / "grey.png")
+
+    class Counting(Mean):
+        """Every batch gives other features, as rounding does."""
+
+        def embed(self, images: Tensor) -> Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().embed(images) + self.calls
+
+    images = open_images(tmp_path / "in")
+    features, bad = embed_images(Counting(None), images, tmp_path / "kept", batch_rows=2)
+    assert {images.ids[row]: reason for row, reason in bad.items()} == {
+        "cat/clear.png": "image: expected something to see, got one colour everywhere: (255, 255, 255)",
+        "cat/grey.png": "image: expected something to see, got one colour everywhere: (77, 77, 77)",
+    }
+    row_of = {one: row for row, one in enumerate(images.ids)}
+    for one, copy in (("cat/00.png", "cat/30.png"), ("cat/03.png", "dog/31.png")):
+        assert np.array_equal(features[row_of[one]], features[row_of[copy]])
+    assert len(np.unique(features[np.isfinite(features).all(axis=1)], axis=0)) == 6
 
 
 def test_features_are_kept_and_an_interrupted_run_resumes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -65,12 +66,24 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
                     ) from error
                 continue
             try:
-                image = fitted(decode(data, at_least=self.enough), self.preprocess)
+                image = _telling(decode(data, at_least=self.enough), self.preprocess)
             except InputError:
                 continue
             if (image.height, image.width) == self.size:
                 pixels[place], good[place] = np.asarray(image), True
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(good)
+
+
+def _telling(image: Image.Image, preprocess: Preprocess | None) -> Image.Image:
+    """A decoded image as the encoder wants it.
+
+    Raises:
+        InputError: All its pixels are the same, as where it is blank or transparent all over.
+    """
+    image = fitted(image, preprocess)
+    if not np.ptp(np.asarray(image), axis=(0, 1)).any():
+        raise InputError(f"image: expected something to see, got one colour everywhere: {image.getpixel((0, 0))}")
+    return image
 
 
 def decoded_shard(
@@ -143,7 +156,7 @@ def first_size(images: Images) -> tuple[int, int]:
 def why_bad(images: Images, row: int, preprocess: Preprocess | None, size: tuple[int, int]) -> str:
     """Why an image was left out."""
     try:
-        image = fitted(images.image(row), preprocess)
+        image = _telling(images.image(row), preprocess)
     except InputError as error:
         return str(error)
     return f"image: expected {size[1]}x{size[0]} pixels, as the first has, got {image.width}x{image.height}"

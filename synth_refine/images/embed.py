@@ -223,7 +223,7 @@ class Embedding:
                     bar.update(len(features))
                     yield number, features
 
-            features = _kept(store, [len(rows) for rows in self.batches], counted)
+            features = _kept(store, [len(rows) for rows in self.batches], counted, _copies(self.hashes))
         if np.isnan(features).all():
             why = why_bad(self.images, 0, self.preprocess, self.size)
             raise InputError(f"images: expected at least one that can be decoded, got {why}")
@@ -280,6 +280,7 @@ def _kept(
     store: Store,
     counts: Sequence[int],
     compute: Callable[[Sequence[int]], Iterator[tuple[int, NDArray[np.float32]]]],
+    copies: Mapping[int, int] | None = None,
 ) -> NDArray[np.float32]:
     """The features of all batches, (N, D), which `store` keeps in parts until they are whole.
 
@@ -287,6 +288,7 @@ def _kept(
         store: It has features.npy at the end.
         counts: Rows of each batch.
         compute: Gives the features of the batches of these numbers, with the number of each, in any order.
+        copies: Rows of images that are the same files as other ones, and the rows of these.
 
     Raises:
         RuntimeError: A batch did not come.
@@ -316,6 +318,12 @@ def _kept(
         if missing := [number for number in range(len(counts)) if number not in found]:
             raise RuntimeError(f"compute: expected {len(counts)} batches, {missing[0]} did not come")
         whole = [found[number] for number in range(len(counts))]
+        if copies:  # in another batch the last bit of a feature may be another one
+            starts = np.cumsum([0, *counts])
+            whole = [np.array(features) for features in whole]
+            for row, first in copies.items():
+                here, there = (int(np.searchsorted(starts, one, side="right")) - 1 for one in (row, first))
+                whole[here][row - starts[here]] = whole[there][first - starts[there]]
 
         def write(file: BinaryIO) -> None:
             header = {"descr": "<f4", "fortran_order": False, "shape": (sum(counts), whole[0].shape[1])}
@@ -328,6 +336,13 @@ def _kept(
     if parts.is_dir() and not any(parts.iterdir()):
         parts.rmdir()
     return np.array(read_npy("features", path))
+
+
+def _copies(hashes: Sequence[str]) -> dict[int, int]:
+    """Rows of images that are the same files as earlier ones, with the rows of these."""
+    first: dict[str, int] = {}
+    found = {row: first.setdefault(one, row) for row, one in enumerate(hashes) if one}
+    return {row: other for row, other in found.items() if row != other}
 
 
 def _parts(store: Store, counts: Sequence[int]) -> dict[int, NDArray[np.float32]]:

@@ -27,6 +27,7 @@ from synth_refine._io.check import (
 )
 from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_options, checked_synthetic, refine_anchored
 from synth_refine.refine.checks import agreement_doubt, check_row_order, domain_gap, prototype_classes
+from synth_refine.refine.copies import copies_doubts, without_copies
 from synth_refine.refine.heads import fold_logits
 from synth_refine.refine.options import REFINERS, USER_OF
 from synth_refine.refine.paper import refine_labels
@@ -94,13 +95,17 @@ def check(
     check_labels("given", given, classes)
     some = slice(None, None, -(-features.shape[0] // ORDER_ROWS) or 1)
     real, labels = float_tensor(features[some], torch.float32, CPU), label_tensor(given[some], CPU)
-    fine = real.isfinite().all(dim=1)
+    known: tuple[Tensor, Tensor] | None = None
+    if synthetic_features is not None:
+        known = float_tensor(reference, torch.float32, CPU), label_tensor(intended, CPU)
+    doubts = list(copies_doubts(real, labels, *(known or (None, None))))
+    fine = without_copies(real, labels).isfinite().all(dim=1)
     real, labels = real[fine], labels[fine]
     nearest = torch.from_numpy(prototype_classes(real, reference, intended, classes))
     check_row_order(labels, nearest, classes)
-    doubts = [agreement_doubt(labels, nearest, classes)]
-    if synthetic_features is not None and min(len(real), len(reference)) >= 4:
-        gap = domain_gap(real, float_tensor(reference, torch.float32, CPU))
+    doubts.append(agreement_doubt(labels, nearest, classes))
+    if known is not None and min(len(real), len(reference)) >= 4:
+        gap = domain_gap(real, known[0])
         if gap >= WIDE_GAP:
             doubts.append(f"a line tells {gap:.1%} of the real images from the synthetic ones: do they look alike?")
     return tuple(filter(None, doubts))
@@ -166,6 +171,7 @@ def refine(
     doubts = check(features, given, **about, prototypes=prototypes, num_classes=num_classes)
     for doubt in doubts:
         say(doubt)
+    features = without_copies(features, given)
     if refiner == "anchored":
         result = refine_anchored(
             features,
@@ -277,6 +283,8 @@ def given_logits(
         Logits of the real images, (N, C), and of the synthetic ones, (M, C): of the mean of the heads' probabilities.
     """
     logits = torch.full((len(features), classes), torch.nan, device=features.device)
+    if not bool(features.isfinite().all(dim=1).any()):
+        return logits, logits.new_zeros((len(synthetic), classes))
     read = array_reader(features, given, max(64, CHUNK_ELEMENTS // features.shape[1]))
     frame, ends = fit_frame(read, len(features), synthetic, seed)
     rows = rows_in_memory(read, frame, ends, seed, classes, near=False)
