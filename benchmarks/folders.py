@@ -6,6 +6,7 @@ Letters in shapes: N training images, V validation images, M synthetic images, C
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -175,7 +176,9 @@ class FolderTask:
         opened = {name: store.open() for name, store in pixels.items()}
         for name, store in pixels.items():
             if bad := bad_images(store):
-                print(f"{name}: {len(bad)} unreadable images left out, listed in {store.root / 'bad.csv'}: {bad[0]}")
+                shown = f"{', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}"
+                said = f"{name}: {len(bad)} unreadable images left out, {shown}; listed in {store.root / 'bad.csv'}"
+                print(said, file=sys.stderr)
         good = {name: np.flatnonzero(good) for name, (_, good) in opened.items()}
         inputs = {name: MappedImages(file, torch.from_numpy(good[name])) for name, (file, _) in opened.items()}
         labels = {name: store.images.labels[good[name]] for name, store in pixels.items()}

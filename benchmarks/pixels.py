@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from synth_refine._io.store import Store, open_store
 from synth_refine.images.batches import Batches, why_bad
 from synth_refine.images.encoders import MOST_SIDE, Preprocess
 from synth_refine.images.listing import Images
-from third_party.mapped import MappedFile
+from third_party.mapped import KEPT_BYTES, MappedFile
 
 ARRAY = "images.npy"
 BLOCK_BYTES = 1 << 24  # of a block, which one worker decodes
@@ -258,6 +259,21 @@ def check_disk(stores: Sequence[PixelStore], folder: Path) -> None:
         raise InputError(
             f"out: expected {gigabytes(needed)} of free disk for the pixels in {folder}, got {gigabytes(free)}"
         )
+
+
+def describe(stores: Mapping[str, PixelStore], device: str) -> list[str]:
+    """What the pixels take, and where, in a line for each split."""
+    lines = []
+    left = torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else 0
+    for name, store in stores.items():
+        disk = f"{gigabytes(store.size)} of disk in {store.root}, of which {gigabytes(store.missing)} are to be written"
+        where = f"some {gigabytes(KEPT_BYTES)} at most of memory, read from the file batch by batch"
+        if device.startswith("cuda"):
+            resident = store.size <= left // 2
+            where = f"resident on {device}" if resident else f"read from the file batch by batch for {device}"
+            left -= store.size if resident else 0
+        lines.append(f"{name}: {' x '.join(map(str, store.shape))}, {disk}; {where}")
+    return lines
 
 
 def gigabytes(size: float) -> str:

@@ -3,6 +3,7 @@
 python benchmarks/run_combo.py --method plc
 python benchmarks/run_combo.py --method standard,plc --refine none,paper,zero-shot --seeds 0,1,2 methods.plc.epochs=30
 python benchmarks/run_combo.py --method plc --data arrays.npz --given labels.npy
+python benchmarks/run_combo.py --method plc --images photos --synthetic synthetic --given labels.csv
 torchrun --nproc_per_node 2 benchmarks/run_combo.py --method lra-clip
 """
 
@@ -35,8 +36,9 @@ from torch import distributed
 
 from adapters import ADAPTERS, SOFT_LABELS, check_options, find_adapter
 from benchmarks.config import add_common, resolve_config
+from benchmarks.pixels import describe
 from benchmarks.records import Record, digest, environment, read_records, write_record
-from benchmarks.refined import GivenLabels, Refined, flows, given_labels, hard, run_settings, wrong
+from benchmarks.refined import GivenLabels, Refined, flows, folder_task, given_labels, hard, run_settings, wrong
 from benchmarks.refiners import REFINERS, SOFT_REFINERS
 from benchmarks.table import table
 from synth_refine import InputError
@@ -207,7 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--refine", help=f"comma-separated: {', '.join(REFINERS)}; default: those of the config")
     add_common(parser)
     add("--json", action="store_true", help="print the records instead of the table")
-    add("--dry-run", action="store_true", help="list the runs and do nothing")
+    add("--dry-run", action="store_true", help="list the runs, and the disk and memory of --images; do nothing")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -223,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         for run in runs:
             print(f"{'done ' if run.path.exists() else 'to do'}  {run.path}")
+        if options.images:
+            print("\n".join(describe(folder_task(config, options).pixels, options.device)))
         return 0
     records = []
     try:

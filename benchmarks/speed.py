@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from benchmarks.records import digest, environment, write_record
 from benchmarks.speed_anchored import anchored
 from benchmarks.speed_embed import embed, embed_ray
+from benchmarks.speed_folders import folder_memory, folders
 from benchmarks.speed_lra import lra
 from benchmarks.speed_scale import ROWS, plot, scale
 from benchmarks.speed_train import train
@@ -169,6 +170,8 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "lra": lambda: [lra()],
     "embed": embed,
     "embed_ray": embed_ray,
+    "folders": folders,
+    "folder_memory": folder_memory,
 }
 
 
