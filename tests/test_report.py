@@ -779,7 +779,8 @@ def test_long_names_need_no_sideways_scrolling(
     tab.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     beyond = """(most) => [...document.querySelectorAll('body *')].filter(
-        (one) => one.getBoundingClientRect().right > most && !one.closest('.scroll, .near, .hidden, .skip, svg')).map((one) => one.outerHTML.slice(0, 80))"""
+        (one) => one.getBoundingClientRect().right > most && !one.closest('.scroll, .near, .hidden, .skip, svg')
+      ).map((one) => one.outerHTML.slice(0, 80))"""
     assert tab.evaluate(beyond, width + 1) == []
     if width < 600:  # the way to the review is on the first screen
         link = tab.locator("header a[href='#review']")
