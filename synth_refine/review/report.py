@@ -22,6 +22,7 @@ from tqdm import tqdm
 from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import InputError, check_array, check_labels
 from synth_refine._io.csv import check_unique
+from synth_refine.labels.artifact import NO_CLASS
 from synth_refine.labels.audit import SAMPLE, audit_sample, strata
 from synth_refine.review.charts import (
     Review,
@@ -214,8 +215,8 @@ class _Pictures:
                 path.unlink()
 
 
-REMOVE, NO_CLASS = -2, "no class"
-"""What the page has in place of a proposed class where the reason of a row begins so."""
+REMOVE = -2
+"""What the page has in place of a proposed class where the image seems to show none."""
 
 CHANGE, ABSTAIN, KEPT = 0, 1, 2
 """What a row of the page is about: a proposed change, a label left to a person, a suspicious one that is kept."""
@@ -231,7 +232,7 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
     rows, kind, nearest = rows[order], kind[order], evidence.nearest[order]
     likely = None if evidence.probable is None else evidence.probable[order]
     proposed = np.where(kind == CHANGE, artifact.labels[rows], -1 if likely is None else likely)
-    proposed[[reason.startswith(NO_CLASS) for reason in artifact.reason[rows].tolist()]] = REMOVE
+    proposed[artifact.reason[rows] == NO_CLASS] = REMOVE
     odds = np.full(len(rows), np.nan) if evidence.odds is None else evidence.odds[order]
     reasons = {text: number for number, text in enumerate(dict.fromkeys(artifact.reason[rows].tolist()))}
     thumbs = [pictures.real(review, row) for row in tqdm(rows.tolist(), "thumbnails", disable=None, leave=False)]
@@ -270,9 +271,8 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
 def _audit(review: Review, count: int, pictures: _Pictures) -> dict[str, Any]:
     """The images that the audit asks about, with the classes that it offers for each in a fixed random order."""
     artifact, ids = review.artifact, review.artifact.names
-    likely = dict.fromkeys(range(len(artifact.labels)), -1)
-    if review.evidence.probable is not None:
-        likely |= dict(zip(review.evidence.rows.tolist(), review.evidence.probable.tolist(), strict=True))
+    known = review.evidence.probable
+    likely = {} if known is None else dict(zip(review.evidence.rows.tolist(), known.tolist(), strict=True))
     # Classes that are confused with the given one come before others, or what is proposed would stand out.
     moves = np.zeros((artifact.num_classes, artifact.num_classes), dtype=np.int64)
     np.add.at(moves, (artifact.given, artifact.labels), 1)
@@ -281,7 +281,7 @@ def _audit(review: Review, count: int, pictures: _Pictures) -> dict[str, Any]:
     for row in audit_sample(artifact, count).tolist():
         given, proposed = int(artifact.given[row]), int(artifact.labels[row])
         random = np.random.default_rng(row)
-        near = [likely[row], *np.lexsort((random.permutation(artifact.num_classes), -moves[given])).tolist()]
+        near = [likely.get(row, -1), *np.lexsort((random.permutation(artifact.num_classes), -moves[given])).tolist()]
         offered = list(dict.fromkeys([given, proposed, *(one for one in near if one >= 0)]))[:CHOICES]
         found.append(
             {"row": row, "id": ids[row], "given": given, "proposed": proposed}
