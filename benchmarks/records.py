@@ -38,9 +38,9 @@ def content_digest(path: Path) -> str:
 
 
 def weights_used(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the files that the settings encoder, encoder_weights and weights name; tags have none."""
+    """Digests of the files that the settings encoder, encoder_weights, weights and pretrained name; tags have none."""
     used = {}
-    for name in {"encoder", "encoder_weights", "weights"} & settings.keys():
+    for name in {"encoder", "encoder_weights", "weights", "pretrained"} & settings.keys():
         path = Path(str(settings[name]))
         found = path / "open_clip_config.json" if name == "encoder" else path
         if found.is_file() and settings[name] != "glyph-clip":  # which is the project's own, wherever one works

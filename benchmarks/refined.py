@@ -85,11 +85,12 @@ def run_settings(config: Mapping[str, Any], method: str, refiner: str) -> dict[s
         if "encoder_weights" in config:
             settings["encoder_weights"] = config["encoder_weights"]
         settings["synthetic_per_class"] = config.get("synthetic_per_class")
-    weights = {**weights_used(settings["method"]), **(weights_used(config) if refiner != "none" else {})}
-    if weights:
-        settings["weights_used"] = weights
     if refiner != "none" or method == "relabel":
         settings["initial"] = config.get("initial") or {}
+    weights = {**weights_used(settings.get("initial", {})), **weights_used(settings["method"])}
+    weights |= weights_used(config) if refiner != "none" else {}
+    if weights:
+        settings["weights_used"] = weights
     return settings
 
 

@@ -66,6 +66,11 @@ def test_records_are_named_by_the_content_of_the_files_that_settings_name(arrays
     weights.write_bytes(b"two")
     after = planned(f"encoder_weights={weights}")
     assert [old == new for old, new in zip(before.splitlines(), after.splitlines(), strict=True)] == [True, False]
+    for block in ("methods.standard", "initial"):
+        weights.write_bytes(b"one")
+        first = planned(f"{block}.pretrained={weights}")
+        weights.write_bytes(b"two")
+        assert planned(f"{block}.pretrained={weights}") != first
     (folder := tmp_path / "clip").mkdir()
     (folder / "open_clip_config.json").write_text("{}")
     first = planned(f"encoder={folder}")
