@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from synth_refine import InputError
-from synth_refine.labels.artifact import Artifact, WrongIds, record
+from synth_refine.labels.artifact import Artifact, WrongIds, read_artifact, record, write_artifact
 from synth_refine.labels.export import FORMATS, MissingClass, WrongLength, export
 from synth_refine.labels.files import read_labels, read_labels_and_ids
 
@@ -231,7 +231,12 @@ def test_cleanlab_gets_a_table_of_issues(tmp_path: Path) -> None:
     table = pandas.read_csv(tmp_path / "a.csv")
     assert table["is_label_issue"].dtype == bool
     assert table["is_label_issue"].tolist() == [False, True, False]
-    assert table["label_quality"].tolist() == pytest.approx([1, 0.2, 1])
+    assert table["label_quality"].tolist() == pytest.approx([0.9, 0.2, 0.7])
+    write_artifact(tmp_path / "artifact", artifact)  # its files hold no confidence of labels that are kept
+    export(read_artifact(tmp_path / "artifact"), "cleanlab", tmp_path / "b.csv")
+    assert pandas.read_csv(tmp_path / "b.csv")["label_quality"].tolist() == pytest.approx(
+        [np.nan, 0.2, np.nan], nan_ok=True
+    )
     assert table["given_label"].tolist() == [0, 1, 1]
     assert table["predicted_label"].tolist() == [0, 0, 1]
 

@@ -197,7 +197,7 @@ def _found(artifact: Artifact, old: Path, *, undo: bool, aside: Path | None = No
     else:
         other -= set(gone)
     if there != expected and there == other:
-        raise WrongBase(
+        raise WrongIds(
             f"images: expected them where apply puts them, but {old} holds them as given: not applied yet?"
             if undo
             else f"images: expected them as given, but {old} holds them where apply puts them: already applied?"
