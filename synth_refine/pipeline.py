@@ -19,7 +19,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -41,7 +40,7 @@ from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes, image_table
-from synth_refine.images.listing import Images, read_classes
+from synth_refine.images.listing import Images, read_classes, warn_of_prompts
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
@@ -197,14 +196,6 @@ def opened(settings: Settings, say: Callable[[str], object]) -> tuple[Mapping[st
     classes = read_classes(settings.classes) if settings.classes else None
     warn_of_prompts(classes or {}, say)
     return classes, open_images(settings.images, list(classes) if classes else None, **settings.columns).told(say)
-
-
-def warn_of_prompts(classes: Mapping[str, str], say: Callable[[str], object]) -> None:
-    """Say it where two classes have one prompt: their synthetic images show the same."""
-    [(text, count)] = Counter(classes.values()).most_common(1) or [("", 0)]
-    if count > 1:
-        names = ", ".join(name for name, one in classes.items() if one == text)
-        say(f"warning: the classes {names} have one prompt, {text!r}, so that no synthetic image tells them apart")
 
 
 def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,3 +153,11 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, str]:
     names = [name for name, _ in pairs]
     check_unique(f"classes in {path}", names)
     return dict(pairs)
+
+
+def warn_of_prompts(classes: Mapping[str, str], say: Callable[[str], object]) -> None:
+    """Say it where two classes have one prompt: their synthetic images show the same."""
+    [(text, count)] = Counter(classes.values()).most_common(1) or [("", 0)]
+    if count > 1:
+        names = ", ".join(name for name, one in classes.items() if one == text)
+        say(f"warning: the classes {names} have one prompt, {text!r}, so that no synthetic image tells them apart")
