@@ -186,7 +186,10 @@ def _parser() -> ArgumentParser:
     review.description = f"{review.description}{DECISIONS}"
     review.add_argument("artifact", help="folder of an artifact")
     review.add_argument(
-        "decisions", metavar="CSV", help="what the page exported: what is not in it keeps its given label"
+        "decisions",
+        metavar="CSV",
+        help="what the page exported: decisions, and answers of its audit, which tell what is wrong before and after; "
+        "what is not in it keeps its given label",
     )
     review.add_argument("--out", required=True, metavar="FOLDER", help="the new artifact")
 

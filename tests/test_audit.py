@@ -18,9 +18,9 @@ from synth_refine.labels.review import reviewed
 COLUMNS = ("id", "given", "decision", "label")
 
 
-def refinement(count: int = 1000) -> tuple[Artifact, np.ndarray]:
+def refinement(count: int = 1000, seed: int = 0) -> tuple[Artifact, np.ndarray]:
     """Labels of three classes, 20 % wrong before; some are repaired, some good ones are spoilt. The truth beside it."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     truth = random.integers(0, 3, count)
     given = np.where(random.random(count) < 0.2, (truth + 1) % 3, truth)
     labels = np.where((given != truth) & (random.random(count) < 0.7), truth, given)
@@ -79,6 +79,19 @@ def test_the_sample_is_of_both_kinds_and_the_same_wherever_it_is_drawn(tmp_path:
     write_artifact(tmp_path / "a", artifact)
     assert audit_sample(read_artifact(tmp_path / "a")).tolist() == sample.tolist()
     assert len(audit_sample(artifact, 10**6)) == 1000 - len(unscored)
+
+
+def test_every_row_of_a_stratum_is_as_likely_to_be_asked_about() -> None:
+    places, times = [], 200
+    for seed in range(times):
+        artifact, _ = refinement(60, seed)
+        for rows in strata(artifact).values():
+            chosen = np.isin(rows, audit_sample(artifact, 4))
+            if len(rows) > 4:
+                places += (np.flatnonzero(chosen) / (len(rows) - 1)).tolist()
+    deviation = np.sqrt(1 / 12 / len(places))  # of the mean of places that are uniform in [0, 1]
+    assert len(places) > times * 6
+    assert abs(np.mean(places) - 0.5) < 4 * deviation
 
 
 def test_review_tells_what_is_wrong_before_and_after_and_keeps_it(

@@ -270,9 +270,8 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
 def _audit(review: Review, count: int, pictures: _Pictures) -> dict[str, Any]:
     """The images that the audit asks about, with the classes that it offers for each in a fixed random order."""
     artifact, ids = review.artifact, review.artifact.names
-    likely = dict.fromkeys(range(len(artifact.labels)), -1)
-    if review.evidence.probable is not None:
-        likely |= dict(zip(review.evidence.rows.tolist(), review.evidence.probable.tolist(), strict=True))
+    known = review.evidence.probable
+    likely = {} if known is None else dict(zip(review.evidence.rows.tolist(), known.tolist(), strict=True))
     # Classes that are confused with the given one come before others, or what is proposed would stand out.
     moves = np.zeros((artifact.num_classes, artifact.num_classes), dtype=np.int64)
     np.add.at(moves, (artifact.given, artifact.labels), 1)
@@ -281,7 +280,7 @@ def _audit(review: Review, count: int, pictures: _Pictures) -> dict[str, Any]:
     for row in audit_sample(artifact, count).tolist():
         given, proposed = int(artifact.given[row]), int(artifact.labels[row])
         random = np.random.default_rng(row)
-        near = [likely[row], *np.lexsort((random.permutation(artifact.num_classes), -moves[given])).tolist()]
+        near = [likely.get(row, -1), *np.lexsort((random.permutation(artifact.num_classes), -moves[given])).tolist()]
         offered = list(dict.fromkeys([given, proposed, *(one for one in near if one >= 0)]))[:CHOICES]
         found.append(
             {"row": row, "id": ids[row], "given": given, "proposed": proposed}
