@@ -16,7 +16,6 @@ Letters in shapes: N real images, M synthetic images, D features, C classes.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -47,14 +46,13 @@ from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
 from synth_refine.refine.checks import Unrelated
-from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.prototypes import prototype_quality
 from synth_refine.refine.result import Refinement
 from synth_refine.review import evidence as page
 from synth_refine.review.charts import Review
 from synth_refine.review.report import write_report
 from synth_refine.settings import REFINING, RESUMABLE, Settings, resolved
-from synth_refine.summary import Summary, estimates_of
+from synth_refine.summary import Summary, read_back, summarized
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
@@ -116,7 +114,7 @@ def run(
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
         result, artifact = refined(real, reference, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
-        summary = summarized(out, artifact, result, real, reference)
+        summary = summarized(out, artifact, result, len(real.bad), len(reference.usable))
         evidence = evidence_of(artifact, result, real, reference, summary)
         page.write_evidence(out / "evidence.json", evidence)
         store.note("evidence.json", file_hash(out / "evidence.json"))
@@ -369,25 +367,7 @@ def redraw(settings: Settings, **form: Any) -> Summary:
         images = open_images(settings.images, artifact.classes, **settings.columns)
         synthetic = open_synthetic(settings.synthetic or str(out / "synthetic"), images.classes)
         draw_page(out, artifact, evidence, images, synthetic, **form)
-    estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
-    return Summary(**estimates | {"warnings": tuple(known["warnings"])})
-
-
-def summarized(out: Path, artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded) -> Summary:
-    """The numbers of a run."""
-    known = result.diagnostics
-    return Summary(
-        artifact=str(out / "refined"),
-        report=str(out / "report" / "report.html"),
-        count=len(artifact.labels),
-        changed=len(artifact.changed),
-        abstained=int((artifact.action == "abstain").sum()),
-        bad=len(real.bad),
-        synthetic=len(synthetic.usable),
-        warnings=tuple(known.warnings),
-        synthetic_accuracy=None if math.isnan(accuracy := getattr(known, "synthetic_accuracy", math.nan)) else accuracy,
-        **estimates_of(known),
-    )
+    return read_back(known)
 
 
 def embed(settings: Settings, *, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from synth_refine.labels.artifact import Artifact
 from synth_refine.refine.estimates import Estimate
+from synth_refine.refine.result import Refinement
 
 FLOWS = 8  # commonest changes that are listed
 NOISIEST = 3  # classes that are listed as those to look at first
@@ -39,6 +44,29 @@ class Summary:
             text = "; ".join(value) or "none" if isinstance(value, tuple) else text
             found[name.replace("_", " ")] = "not estimated" if value is None else text
         return found
+
+
+def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synthetic: int) -> Summary:
+    """The numbers of a run: of so many images that could not be decoded, by so many synthetic images."""
+    known = result.diagnostics
+    return Summary(
+        artifact=str(out / "refined"),
+        report=str(out / "report" / "report.html"),
+        count=len(artifact.labels),
+        changed=len(artifact.changed),
+        abstained=int((artifact.action == "abstain").sum()),
+        bad=bad,
+        synthetic=synthetic,
+        warnings=tuple(known.warnings),
+        synthetic_accuracy=None if math.isnan(accuracy := getattr(known, "synthetic_accuracy", math.nan)) else accuracy,
+        **estimates_of(known),
+    )
+
+
+def read_back(known: Mapping[str, Any]) -> Summary:
+    """The summary of a finished run from what its summary.json holds."""
+    estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
+    return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 
 
 def estimates_of(known: object) -> dict[str, Estimate | None]:

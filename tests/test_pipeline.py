@@ -33,6 +33,7 @@ from synth_refine.pipeline import run
 from synth_refine.refine import front
 from synth_refine.refine.prototypes import class_prototypes
 from synth_refine.settings import Settings
+from synth_refine.summary import summarized
 from synth_refine.synthetic.glyphs import Glyphs
 from synth_refine.synthetic.jobs import Job
 
@@ -491,7 +492,7 @@ def test_what_cannot_be_estimated_is_null_and_doubts_come_before_the_work(monkey
     real = embedded(rng.normal(size=(40, 16)).astype(np.float32), np.arange(40) % 5)
     synthetic = embedded(rng.normal(size=(100, 16)).astype(np.float32), np.repeat(np.arange(5), 20))
     result, artifact = pipeline.refined(real, synthetic, Settings(), {}, lambda _: None)
-    summary = pipeline.summarized(Path("out"), artifact, result, real, synthetic)
+    summary = summarized(Path("out"), artifact, result, 0, 100)
     assert summary.synthetic_accuracy is not None
     assert summary.synthetic_accuracy < 0.5
     assert (summary.noise_before, summary.noise_after) == (None, None)

@@ -20,7 +20,7 @@ from synth_refine import cli
 from synth_refine._io.atomic import file_hash
 from synth_refine._io.check import InputError
 from synth_refine._io.csv import csv_bytes
-from synth_refine.labels.artifact import WrongBase, WrongIds, read_artifact, record, write_artifact
+from synth_refine.labels.artifact import NO_CLASS, WrongBase, WrongIds, read_artifact, record, write_artifact
 from synth_refine.labels.audit import audit_sample
 from synth_refine.labels.files import read_labels_and_ids, write_labels
 from synth_refine.labels.review import reviewed
@@ -427,6 +427,24 @@ def test_undecided_images_name_the_probable_class_and_a_r_c_d_work_at_once(
     }
     tab.click("#bulk-accept")
     assert tab.locator(".card[data-state=accept]").count() == len(rows) - 3
+
+
+def test_a_proposed_removal_is_accepted_as_one(visit: Callable[..., Any], tmp_path: Path) -> None:
+    review = thoughtful(review_of(30))
+    artifact = review.artifact
+    row = int(np.flatnonzero(artifact.action == "abstain")[0])
+    reason = artifact.reason.copy()
+    reason[row] = NO_CLASS
+    artifact = replace(artifact, reason=reason)
+    tab = visit(write_report(replace(review, artifact=artifact), tmp_path))
+    tab.select_option("#kind", "1")
+    tab.select_option("#reason", label=NO_CLASS)
+    assert tab.locator(".card .labels").all_inner_texts() == ["dog perhaps none of the classes"]
+    tab.click("header a[href='#review']")
+    tab.keyboard.press("a")
+    [decision] = export(tab, tmp_path / "decisions.csv")
+    assert decision == {"id": artifact.ids[row], "given": "dog", "decision": "remove", "label": "dog"}
+    assert reviewed(artifact, tmp_path / "decisions.csv").removed.tolist() == [row]
 
 
 def test_several_images_at_once_also_decided_ones(visit: Callable[..., Any], tmp_path: Path) -> None:

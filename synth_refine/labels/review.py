@@ -40,8 +40,8 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
     Returns:
         An artifact of the same given labels. Accepted changes are in it as they were, corrected ones with the label
         that was chosen; where the refiner abstained, accept takes the class that the page named. Removed images are
-        marked `remove` and keep the given label. Changes and removals that nobody
-        decided on keep the given label and are marked `abstain`.
+        marked `remove` and keep the given label. Changes and removals that nobody decided on keep the given label and
+        are marked `abstain`.
 
     Raises:
         WrongIds: An id that is not the artifact's.

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import InputError, check_array, check_labels
 from synth_refine._io.csv import check_unique
+from synth_refine.labels.artifact import NO_CLASS
 from synth_refine.labels.audit import SAMPLE, audit_sample, strata
 from synth_refine.review.charts import (
     Review,
@@ -214,8 +215,8 @@ class _Pictures:
                 path.unlink()
 
 
-REMOVE, NO_CLASS = -2, "no class"
-"""What the page has in place of a proposed class where the reason of a row begins so."""
+REMOVE = -2
+"""What the page has in place of a proposed class where the image seems to show none."""
 
 CHANGE, ABSTAIN, KEPT = 0, 1, 2
 """What a row of the page is about: a proposed change, a label left to a person, a suspicious one that is kept."""
@@ -231,7 +232,7 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
     rows, kind, nearest = rows[order], kind[order], evidence.nearest[order]
     likely = None if evidence.probable is None else evidence.probable[order]
     proposed = np.where(kind == CHANGE, artifact.labels[rows], -1 if likely is None else likely)
-    proposed[[reason.startswith(NO_CLASS) for reason in artifact.reason[rows].tolist()]] = REMOVE
+    proposed[artifact.reason[rows] == NO_CLASS] = REMOVE
     odds = np.full(len(rows), np.nan) if evidence.odds is None else evidence.odds[order]
     reasons = {text: number for number, text in enumerate(dict.fromkeys(artifact.reason[rows].tolist()))}
     thumbs = [pictures.real(review, row) for row in tqdm(rows.tolist(), "thumbnails", disable=None, leave=False)]
