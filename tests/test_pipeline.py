@@ -506,7 +506,7 @@ def embedded(features: Any, labels: Any) -> pipeline.Embedded:
     """Images that nobody has to decode."""
     ids = [f"{row}.png" for row in range(len(labels))]
     classes = tuple("abcde"[: labels.max() + 1])
-    return pipeline.Embedded(Images(ids, labels, classes, lambda _: b"", "csv"), features)
+    return pipeline.Embedded(Images(ids, labels, classes, lambda _: b"", "csv"), features, [""] * len(ids))
 
 
 def test_what_cannot_be_estimated_is_null_and_doubts_come_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +525,7 @@ def test_what_cannot_be_estimated_is_null_and_doubts_come_before_the_work(monkey
     pipeline.refined(real, synthetic, Settings(refiner="paper"), {}, said.append)
     assert said == []
     turned = embedded(synthetic.features, (synthetic.images.labels + 1) % 3)
-    monkeypatch.setattr(front, "refine", lambda *_, **__: pytest.fail(said[0]))
+    monkeypatch.setattr(front, "refine_labels", lambda *_, **__: pytest.fail(said[0]))
     with pytest.raises(pytest.fail.Exception, match="warning: given labels and nearest prototypes name the same class"):
         pipeline.refined(real, turned, Settings(refiner="paper"), {}, said.append)
 
