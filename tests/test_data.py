@@ -90,6 +90,8 @@ def pmd_stand_in(kind: int, rate: str) -> NDArray[np.int64]:
         ("clean", lambda labels, truth: (labels == truth).all()),
         ("pmd-2-0.70", lambda labels, truth: (labels == 2).all()),
         ("uniform-0.5", lambda labels, truth: 0.4 < (labels != truth).mean() < 0.6),
+        ("symmetric-0.5", lambda labels, truth: (labels != truth).sum() == 150),
+        ("pair-0.3", lambda labels, truth: [len(set(labels[truth == one])) for one in range(3)] == [2] * 3),
         ("asymmetric-0.9", lambda labels, truth: set(labels[truth == 0]) == {0, 1} and (labels != 0).mean() > 0.9),
         ("pmd-3-0.35+uniform-0.5", lambda labels, truth: 0.4 < (labels == 3).mean() < 0.6),
     ],
