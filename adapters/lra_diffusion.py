@@ -88,7 +88,7 @@ def run_clip(
 
     The options are those of `ClipOptions` and of the image encoder's network.
     """
-    config, network = _resolve("lra-clip", ClipOptions, options)
+    config, network = resolve("lra-clip", of_preset(ClipOptions, options), options)
     image_encoder = _image_encoder(task, config, network, seed)
     encoder: Encoder | None = None
     if task.is_pixels:
@@ -106,12 +106,13 @@ def run_simclr(
     Raises:
         InputError: The task has no pixels.
     """
-    config, network = _resolve("lra-simclr", SimclrOptions, options)
+    config, network = resolve("lra-simclr", of_preset(SimclrOptions, options), options)
     if not task.is_pixels:
         raise InputError("lra-simclr: expected pixels, got features, from which no SimCLR encoder can be trained")
     image_encoder = _image_encoder(task, config, network, seed)
     recipe, _ = resolve("lra-simclr: simclr", simclr.Config(), config.simclr)
-    images = [task.train.inputs, task.noisy_validation.inputs]  # it needs no label
+    validation = max(task.noisy_validation, task.clean_validation, key=lambda split: len(split.labels))
+    images = [task.train.inputs, validation.inputs]  # it needs no label
     statistics = channel_statistics(images[0], network.statistics)
     with seeded(torch.device("cpu"), seed, 0):
         model = simclr.build(recipe, *statistics).to(images[0].device)
@@ -156,11 +157,10 @@ def _trained(
     return weights
 
 
-def _resolve(method: str, kind: type[OptionsT], options: Mapping[str, Any]) -> tuple[OptionsT, NetworkOptions]:
-    """The options over the defaults of the preset that they name.
+def of_preset(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+    """The defaults of the preset that the options name.
 
     Raises:
-        TypeError: An unknown option, or one of the wrong type.
         InputError: An unknown preset.
     """
     preset = options.get("preset", "paper")
@@ -169,7 +169,7 @@ def _resolve(method: str, kind: type[OptionsT], options: Mapping[str, Any]) -> t
     defaults = kind(**dataclasses.asdict(lra_diffusion.PRESETS[preset]))
     if preset == "released":
         defaults = dataclasses.replace(defaults, feature_size=0.0, best_of_all=False)
-    return resolve(method, defaults, options)
+    return defaults
 
 
 def _image_encoder(task: Task, config: Options, network: NetworkOptions, seed: int) -> Classifier:

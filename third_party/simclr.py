@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +22,14 @@ from tqdm import tqdm
 from third_party.augment import random_boxes, resized_crop
 from third_party.checkpoint import write_tensors
 from third_party.loop import Progress, seeded, shuffled_batches
-from third_party.resnet import STATISTICS, Classifier, resnet34, resnet_small
+from third_party.resnet import STATISTICS, Classifier, Torchvision, resnet34, resnet_small
 
 
 @dataclass(frozen=True)
 class Config:
     """The recipe; the defaults are those of the encoders that LRA-diffusion uses."""
 
-    encoder: str = "resnet50"  # or resnet34, resnet_small
+    encoder: str = "resnet50"  # or resnet34, resnet_small; or, with the usual stem for large images, resnet50_224
     epochs: int = 500
     batch_size: int = 512
     lr: float = 0.001
@@ -107,7 +108,11 @@ def build(
     """A fresh model with the encoder that the config names."""
     if config.encoder == "resnet50":
         return SimCLR(ResNet50(mean, std), 2048, config.projection)
-    builders = {"resnet34": resnet34, "resnet_small": resnet_small}
+    builders: dict[str, Callable[..., Classifier]] = {
+        "resnet34": resnet34,
+        "resnet_small": resnet_small,
+        "resnet50_224": partial(Torchvision, "resnet50"),
+    }
     if config.encoder not in builders:
         raise ValueError(f"encoder: expected resnet50, {' or '.join(builders)}, got {config.encoder!r}")
     network = builders[config.encoder](1, mean, std)  # its one logit is never asked for
