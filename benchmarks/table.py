@@ -175,10 +175,10 @@ def poster_tables(records: Sequence[Record], commands: bool = True) -> str:
                     missing.append(poster.command(dataset, noise, method, refiner))
         parts.append(markdown(shown))
     columns = ", ".join(f"{short} is `{noise}`" for noise, short in poster.NOISES.items())
-    parts.append(f"With DATASET `cifar10` or `cifar100` and NOISE the one of the column ({columns}) this runs a cell:")
+    parts.append(f"With `DATASET=cifar10` or `cifar100` and NOISE as the column says ({columns}) this runs a cell:")
     about = [["method", "refiner", "command", "what still differs"]]
     for method, refiner in poster.ROWS:
-        line = poster.command("DATASET", "NOISE", method, refiner)
+        line = poster.command("$DATASET", "$NOISE", method, refiner)
         about.append([method, refiner, f"`{line}`", poster.DIFFERS[method]])
     parts.append(markdown(about))
     if commands and missing:
