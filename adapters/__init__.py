@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
@@ -53,7 +54,7 @@ def find_adapter(method: str) -> Adapter:
     return found
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse unknown options before anything runs.
 
     Args:
@@ -61,15 +62,26 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
             its options itself.
         options: As for the method's `run`.
 
+    Returns:
+        Every setting that the method runs with, defaults included; the options of what `ADAPTERS` does not hold.
+
     Raises:
         TypeError: An unknown option, or one of the wrong type.
         InputError: A method of `ADAPTERS` without an entry in `DEFAULTS`.
+
+    Example:
+        >>> check_options("plc", {"epochs": 20})["warmup"]
+        8
     """
     if method not in DEFAULTS:
         if method in ADAPTERS:
             raise InputError(f"method: expected the defaults of {method} in adapters.DEFAULTS, got none")
-        return
-    resolve(method, DEFAULTS[method], options)
+        return dict(options)
+    defaults = DEFAULTS[method]
+    if isinstance(defaults, lra_diffusion.Options):
+        defaults = lra_diffusion.of_preset(type(defaults), options)
+    config, network = resolve(method, defaults, options)
+    return asdict(config) | asdict(network)
 
 
 __all__ = ["ADAPTERS", "SOFT_LABELS", "Adapter", "Outcome", "Split", "Task", "check_options", "find_adapter"]

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from adapters.base import Outcome, Split, Task
-from adapters.network import NetworkOptions, build_network, named_accuracies, resolve
+from adapters.network import NetworkOptions, build_network, channel_statistics, named_accuracies, resolve
 from synth_refine import InputError
 from synth_refine._io.atomic import write_atomic
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.embed import embed_cached
 from synth_refine.images.encoders import Encoder, TorchEncoder, module_encoder, open_clip_encoder, timm_encoder
 from synth_refine.images.hashes import images_hash
+from synth_refine.images.weights import read_weights
 from third_party import lra_diffusion, simclr
 from third_party.loop import seeded
-from third_party.lra_diffusion import Config, LabelDiffusion, Predict, nearest
+from third_party.lra_diffusion import Config, LabelDiffusion, Predict, is_due, nearest
 from third_party.parallel import first_process_first, processes
-from third_party.resnet import Classifier, input_statistics
+from third_party.resnet import Classifier
 
 GLYPH_CLIP = Path(__file__).resolve().parents[1] / "benchmarks" / "glyph_clip"
 """The project's own CLIP, for the digits."""
@@ -37,7 +38,8 @@ class Options(Config):
 
     preset: str = "paper"  # what the recipe's settings are unless they are given: "paper" or "released"
     width: int = 512  # of the denoiser and of the image embedding
-    feature_size: float = 0.5  # root mean square that the frozen features are scaled to; 0 leaves them as they are
+    feature_size: float = 0.5  # root mean square that larger frozen features are scaled down to; 0: none are
+    best_of_all: bool = True  # False: the last epoch, which is always measured, is a best one only if it is due
     cache: str = ""  # folder for features, neighbours and trained encoders; "" is beside the checkpoint
 
 
@@ -53,7 +55,7 @@ class ClipOptions(Options):
 class SimclrOptions(Options):
     """Which SimCLR encoder."""
 
-    weights: str = ""  # a safetensors file; "" trains one on the task's images
+    weights: str = ""  # a file of weights, ours or a published one; "" trains one on training and validation images
     simclr: dict[str, Any] = field(default_factory=dict)  # settings of third_party.simclr.Config that differ
 
 
@@ -86,7 +88,7 @@ def run_clip(
 
     The options are those of `ClipOptions` and of the image encoder's network.
     """
-    config, network = _resolve("lra-clip", ClipOptions, options)
+    config, network = resolve("lra-clip", of_preset(ClipOptions, options), options)
     image_encoder = _image_encoder(task, config, network, seed)
     encoder: Encoder | None = None
     if task.is_pixels:
@@ -104,30 +106,47 @@ def run_simclr(
     Raises:
         InputError: The task has no pixels.
     """
-    config, network = _resolve("lra-simclr", SimclrOptions, options)
+    config, network = resolve("lra-simclr", of_preset(SimclrOptions, options), options)
     if not task.is_pixels:
         raise InputError("lra-simclr: expected pixels, got features, from which no SimCLR encoder can be trained")
     image_encoder = _image_encoder(task, config, network, seed)
     recipe, _ = resolve("lra-simclr: simclr", simclr.Config(), config.simclr)
-    images = task.train.inputs
+    validation = max(task.noisy_validation, task.clean_validation, key=lambda split: len(split.labels))
+    images = [task.train.inputs, validation.inputs]  # it needs no label
+    statistics = channel_statistics(images[0], network.statistics)
     with seeded(torch.device("cpu"), seed, 0):
-        mean, std = (values.tolist() for values in input_statistics(images))
-        model = simclr.build(recipe, mean, [value or 1.0 for value in std]).to(images.device)
-    weights = (
-        Path(config.weights) if config.weights else _trained(model, images, recipe, seed, _cache(config, checkpoint))
-    )
+        model = simclr.build(recipe, *statistics).to(images[0].device)
+    weights = Path(config.weights) if config.weights else None
+    if weights is None:
+        about = f"{recipe} {statistics} {seed}"
+        weights = _trained(model, images, recipe, about, seed, _cache(config, checkpoint))
+    elif (published := simclr.from_published(read_weights(weights))) is not None:
+        _load_published(model.encoder, published, weights)
+        weights = None
     encoder = module_encoder("simclr", model.encoder, weights, normalise=True)
     return _run(task, labels, config, network, image_encoder, encoder, seed, checkpoint)
 
 
-def _trained(model: simclr.SimCLR, images: Tensor, recipe: simclr.Config, seed: int, cache: Path | None) -> Path | None:
+def _load_published(encoder: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Weights without the normalisation, which is the task's."""
+    own = encoder.state_dict()
+    try:
+        encoder.load_state_dict({name: own[name] for name in ("mean", "std")} | dict(weights))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"weights: expected those of the encoder that `simclr` names in {path}: {reason}") from error
+
+
+def _trained(
+    model: simclr.SimCLR, images: list[Tensor], recipe: simclr.Config, about: str, seed: int, cache: Path | None
+) -> Path | None:
     """Train the model, unless the cache has the weights that would come out; their file, if there is a cache."""
     if cache is None:
         if processes()[1] > 1:
             raise InputError("cache: expected a folder where several processes take one encoder from, got none")
         simclr.train(model, images, recipe, seed=seed)
         return None
-    about = f"{images_hash(images)} {recipe} {seed}"
+    about = f"{[images_hash(part) for part in images]} {about}"
     weights = cache / f"simclr-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
     with first_process_first():
         if not weights.exists():
@@ -138,20 +157,19 @@ def _trained(model: simclr.SimCLR, images: Tensor, recipe: simclr.Config, seed: 
     return weights
 
 
-def _resolve(method: str, kind: type[OptionsT], options: Mapping[str, Any]) -> tuple[OptionsT, NetworkOptions]:
-    """The options over the defaults of the preset that they name.
+def of_preset(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+    """The defaults of the preset that the options name.
 
     Raises:
-        TypeError: An unknown option, or one of the wrong type.
         InputError: An unknown preset.
     """
     preset = options.get("preset", "paper")
     if preset not in lra_diffusion.PRESETS:
         raise InputError(f"preset: expected {' or '.join(lra_diffusion.PRESETS)}, got {preset!r}")
-    feature_size = 0.0 if preset == "released" else kind.feature_size
-    return resolve(
-        method, kind(**dataclasses.asdict(lra_diffusion.PRESETS[preset]), feature_size=feature_size), options
-    )
+    defaults = kind(**dataclasses.asdict(lra_diffusion.PRESETS[preset]))
+    if preset == "released":
+        defaults = dataclasses.replace(defaults, feature_size=0.0, best_of_all=False)
+    return defaults
 
 
 def _image_encoder(task: Task, config: Options, network: NetworkOptions, seed: int) -> Classifier:
@@ -192,7 +210,8 @@ def _run(
     neighbours = _neighbours(features, config, cache)
     # The first layer adds features and noisy labels up: beside large features the labels would not be seen.
     size = features.square().mean().sqrt()
-    factor = (config.feature_size / size).item() if config.feature_size and size else 1.0
+    # Small ones stay: unit vectors of a thousand numbers are learnt worse once they are enlarged.
+    factor = min(1.0, (config.feature_size / size).item()) if config.feature_size and size else 1.0
     features = features * factor
     with seeded(torch.device("cpu"), seed, 0, 2):
         model = LabelDiffusion(image_encoder.cpu(), task.num_classes, features.shape[1], config.width)
@@ -230,7 +249,9 @@ def _run(
     settings = dataclasses.asdict(config) | dataclasses.asdict(network)
     settings["frozen_encoder"] = "features of the task" if encoder is None else encoder.id
     epochs = [entry for entry in result.history if "test" in entry]
-    return Outcome(named_accuracies(epochs), labels.clone(), result.history, settings)
+    chosen_of = [entry for entry in epochs if config.best_of_all or is_due(config, int(entry["epoch"]))]
+    accuracies = named_accuracies(chosen_of) | {"last": epochs[-1]["test"]}
+    return Outcome(accuracies, labels.clone(), result.history, settings)
 
 
 def _neighbours(features: Tensor, config: Config, cache: Path | None) -> Tensor:

@@ -113,28 +113,42 @@ def build_network(task: Task, options: NetworkOptions, seed: int, draw: int = 1)
     if options.pretrained and name not in TORCHVISION:
         raise InputError(f"pretrained: expected one of {', '.join(TORCHVISION)} as the network, got {name!r}")
     inputs = task.train.inputs
-    if options.statistics != "train" and options.statistics not in STATISTICS:
-        raise InputError(f"statistics: expected {', '.join(('train', *STATISTICS))}, got {options.statistics!r}")
+    check_statistics(options.statistics)
     with seeded(torch.device("cpu"), seed, 0, draw):
         if name == "head":
             mean, std = input_statistics(inputs)
             head = FeatureHead(task.num_classes, mean.cpu(), std.cpu(), options.hidden, options.dropout)
             return head.to(inputs.device)
-        if options.statistics == "train":
-            channel_mean, channel_std = (tuple(values.tolist()) for values in input_statistics(inputs))
-            channel_std = tuple(value or 1.0 for value in channel_std)
-        else:
-            channel_mean, channel_std = STATISTICS[options.statistics]
+        statistics = channel_statistics(inputs, options.statistics)
         if name in TORCHVISION:
-            network = Torchvision(name, task.num_classes, channel_mean, channel_std)
+            network = Torchvision(name, task.num_classes, *statistics)
             if options.pretrained:
                 load_weights(network.network, options.pretrained, keep=set(network.network.state_dict()))
             model: Classifier = network
         else:
             build = resnet34 if name == "resnet34" else resnet_small
-            model = build(task.num_classes, channel_mean, channel_std)
+            model = build(task.num_classes, *statistics)
     model.crop = options.crop
     return model.to(inputs.device)
+
+
+def check_statistics(name: str) -> None:
+    """Refuse what `channel_statistics` does not know.
+
+    Raises:
+        InputError: Neither "train" nor a published set.
+    """
+    if name != "train" and name not in STATISTICS:
+        raise InputError(f"statistics: expected {', '.join(('train', *STATISTICS))}, got {name!r}")
+
+
+def channel_statistics(inputs: Tensor, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, for pixels in [0, 1]: of the inputs ("train") or published ones."""
+    check_statistics(name)
+    if name != "train":
+        return STATISTICS[name]
+    mean, std = (tuple(values.tolist()) for values in input_statistics(inputs))
+    return mean, tuple(value or 1.0 for value in std)
 
 
 def restore(model: Classifier, weights: Mapping[str, Tensor], *, fresh_head: bool) -> None:

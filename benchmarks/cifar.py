@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from adapters.base import Split
@@ -103,7 +103,8 @@ def read_image_folders(folder: Path, class_names: Sequence[str], size: int) -> t
     Args:
         folder: Has one folder per class, named by the class or by its index in two digits.
         class_names: C names.
-        size: Images are shrunk or enlarged to this height and width, bilinearly with antialiasing as in the paper.
+        size: The largest square in the middle of an image is brought to this height and width, bilinearly with
+            antialiasing as in the paper, whose network also sees the ends of the longer side.
 
     Returns:
         Images, (M, 3, size, size) uint8, and their classes, (M,) int64.
@@ -123,7 +124,7 @@ def read_image_folders(folder: Path, class_names: Sequence[str], size: int) -> t
         for file in files:
             try:
                 with Image.open(file) as image:
-                    pixels = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+                    pixels = np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
             except (OSError, Image.DecompressionBombError) as error:
                 raise InputError(f"synthetic: expected an image, {file} cannot be read: {error}") from error
             images.append(torch.from_numpy(pixels).permute(2, 0, 1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ CONFIGS = Path(__file__).parent / "configs"
 KEYS = {
     "dataset",
     "noise",
+    "by_noise",
     "encoder",
     "encoder_weights",
     "synthetic_per_class",
@@ -56,12 +59,46 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             target[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"override: expected a YAML value, got {override!r}") from error
+        for changes in _by_noise(config).values():  # the command line has the last word
+            for block in blocks:
+                changes = changes.get(block) or {}
+            changes.pop(last, None)
     unknown = sorted(set(config) - KEYS)
     if unknown:
         raise InputError(f"config: expected the keys {', '.join(sorted(KEYS))}, got {unknown[0]!r} in {path}")
     config.setdefault("methods", {})
     _check_types(config)
+    for changes in _by_noise(config).values():
+        _check_types(_merged(deepcopy(config), changes))
     return config
+
+
+def for_noise(config: Mapping[str, Any], noise: str) -> dict[str, Any]:
+    """The config for given labels of that name: blocks of `by_noise` that fit are put over the rest, in their order.
+
+    Example:
+        >>> config = {"threshold": 0.8, "by_noise": {"clean, *_U_*": {"threshold": 0}}}
+        >>> for_noise(config, "cifar100-1-0.35_U_0.3"), for_noise(config, "pmd-1-0.35")
+        ({'threshold': 0}, {'threshold': 0.8})
+    """
+    chosen = {key: deepcopy(value) for key, value in config.items() if key != "by_noise"}
+    for patterns, changes in _by_noise(config).items():
+        if any(fnmatchcase(noise, pattern.strip()) for pattern in str(patterns).split(",")):
+            chosen = _merged(chosen, deepcopy(changes))
+    return chosen
+
+
+def _by_noise(config: Mapping[str, Any]) -> Mapping[Any, dict[str, Any]]:
+    """Changes of the config by patterns of noise names."""
+    blocks = config.get("by_noise") or {}
+    if not isinstance(blocks, dict) or not all(isinstance(changes, dict) for changes in blocks.values()):
+        raise InputError(f"by_noise: expected blocks of settings by names of noise, got {blocks!r}")
+    for patterns, changes in blocks.items():
+        if unknown := sorted(set(changes) - {"threshold", "weight", "initial", "methods"}):
+            raise InputError(
+                f"by_noise: expected threshold, weight, initial or methods, got {unknown[0]!r} for {patterns}"
+            )
+    return blocks
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def load(
 
     Args:
         dataset: "digits", "cifar10", "cifar100", or the path of an .npz file (see `npz`).
-        noise_name: "clean", or one or more of these joined by "+": pmd-KIND-RATE, uniform-LEVEL, asymmetric-LEVEL,
-            for example "pmd-1-0.35+uniform-0.3"; "given" for an .npz file whose labels are noisy already.
+        noise_name: "clean", or one or more of these joined by "+": pmd-KIND-RATE, uniform-LEVEL, symmetric-LEVEL,
+            pair-LEVEL, asymmetric-LEVEL, for example "pmd-1-0.35+uniform-0.3"; "given" for an .npz file whose labels
+            are noisy already.
         data_root: Folder for downloads, for CIFAR.
         synthetic: Folder with one folder of synthetic images per class, for CIFAR.
         given: Label file; it takes the place of the noise. Not for digits.

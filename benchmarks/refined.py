@@ -19,7 +19,7 @@ from adapters.lra_diffusion import named_encoder
 from adapters.standard import InitialClassifier, initial_classifier
 from benchmarks import data
 from benchmarks.cifar import CIFAR
-from benchmarks.config import as_list
+from benchmarks.config import as_list, for_noise
 from benchmarks.evidence import Evidence
 from benchmarks.folders import Folders, FolderTask
 from benchmarks.pixels import read_resize
@@ -156,7 +156,7 @@ class Refined:
         """Remember what to work on."""
         self.given = given
         self.work = given.folder / ".work"  # for what a killed run resumes from
-        self._config, self._arguments = config, arguments
+        self._config, self._arguments = for_noise(config, given.noise), arguments
         self._labels: dict[str, tuple[Tensor, float]] = {}
 
     @cached_property

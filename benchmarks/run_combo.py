@@ -35,7 +35,7 @@ import torch
 from torch import distributed
 
 from adapters import ADAPTERS, SOFT_LABELS, check_options, find_adapter
-from benchmarks.config import add_common, resolve_config
+from benchmarks.config import add_common, for_noise, resolve_config
 from benchmarks.pixels import describe
 from benchmarks.records import Record, digest, environment, read_records, write_record
 from benchmarks.refined import GivenLabels, Refined, flows, folder_task, given_labels, hard, run_settings, wrong
@@ -76,17 +76,18 @@ def plan(config: Mapping[str, Any], arguments: argparse.Namespace) -> list[Run]:
             raise InputError(
                 f"method: expected a block of settings at methods.{method} in {arguments.config}, got none"
             )
-        check_options(method, config["methods"].get(method) or {})
         for refiner in set(refiners) & SOFT_REFINERS:
             if method in ADAPTERS.keys() - SOFT_LABELS:
                 takers = ", ".join(sorted(SOFT_LABELS))
                 raise InputError(f"refine: {refiner} gives soft labels, which {takers} take and {method} does not")
-    check_options("initial", config.get("initial") or {})
     runs = []
     for labels in given_labels(config, arguments):
+        own = for_noise(config, labels.noise)
+        check_options("initial", own.get("initial") or {})
         for method in methods:
+            check_options(method, own["methods"].get(method) or {})
             for refiner in refiners:
-                settings = {**run_settings(config, method, refiner), **labels.files}
+                settings = {**run_settings(own, method, refiner), **labels.files}
                 name = f"{labels.noise}_{method.replace(':', '.')}_{refiner}_seed{labels.seed}_{digest(settings)}.json"
                 runs.append(Run(labels, method, refiner, settings, labels.folder / name))
     return runs

@@ -1,4 +1,8 @@
-"""Records as Markdown tables: python benchmarks/table.py benchmarks/results/digits."""
+"""Records as Markdown tables, and the paper's tables beside what was run of them.
+
+python benchmarks/table.py benchmarks/results/digits
+python benchmarks/table.py --poster runs/cifar10 runs/cifar100
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,12 @@ from typing import Any
 if not __package__:  # started by its path; "adapters" is also the name of a package on PyPI
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks import poster
 from benchmarks.records import Record, read_records
 from synth_refine import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED_NOISE = ("1-0.35", "1-0.70", "1-0.35_U_0.3", "1-0.35_U_0.6", "1-0.35_A_0.3")
-PUBLISHED = {
-    ("standard", "none"): (80.81, 40.32, 77.12, 67.92, 77.40),
-    ("relabel", "paper"): (82.46, 54.10, 79.76, 72.38, 78.97),
-    ("plc", "none"): (82.87, 38.65, 77.98, 61.87, 78.52),
-    ("plc", "paper"): (83.26, 54.01, 81.38, 72.57, 80.49),
-    ("lra-simclr", "none"): (89.29, 40.87, 88.83, 83.67, 86.89),
-    ("lra-simclr", "paper"): (88.87, 60.78, 88.41, 85.31, 87.95),
-    ("lra-clip", "none"): (96.91, 41.78, 96.61, 88.66, 94.35),
-    ("lra-clip", "paper"): (96.93, 71.59, 96.68, 94.94, 96.78),
-}
-"""Test accuracy in %, by method and refiner, on CIFAR-10 with `PUBLISHED_NOISE`: pixels, ResNet-34, best epoch on clean
-validation, one run; from the poster of arXiv:2509.04298."""
-
+RESULTS = ROOT / "benchmarks" / "results"
 CHOICES = {"last": "last", "best_noisy_validation": "best noisy val", "best_clean_validation": "best clean val"}
 """Which epoch a test accuracy belongs to, and its heading in the table."""
 
@@ -46,7 +38,7 @@ def table(records: Sequence[Record]) -> str:
     """
     groups = _grouped(records, "noise", "method", "refiner", "settings_digest")
     ambiguous = len({key[:3] for key in groups}) < len(groups)
-    published = any(_published(*key[:3]) is not None for key in groups)
+    published = any(_published(group[0]) is not None for group in groups.values())
     header = ["noise", "method", "refiner", "wrong labels", "wrong→right", "right→wrong", *CHOICES.values(), "seeds"]
     rows = [[*header, "published"] if published else header]
     for (noise, method, refiner, settings), group in groups.items():
@@ -61,7 +53,7 @@ def table(records: Sequence[Record]) -> str:
         row += [_accuracy([record["test_accuracy"].get(choice) for record in group]) for choice in CHOICES]
         row.append(str(len(group)))
         if published:
-            figure = _published(noise, method, refiner)
+            figure = _published(group[0])
             row.append("" if figure is None else f"{figure:.2f}")
         rows.append(row)
     return markdown(rows)
@@ -161,9 +153,37 @@ def _grouped(records: Sequence[Record], *keys: str) -> dict[tuple[str, ...], lis
     return groups
 
 
-def _published(noise: str, method: str, refiner: str) -> float | None:
-    figures = dict(zip(PUBLISHED_NOISE, PUBLISHED.get((method, refiner), ()), strict=False))
-    return figures.get(noise.removeprefix("cifar10-"))
+def _published(record: Record) -> float | None:
+    """The poster's figure for the same labels and method, whatever the record's inputs are."""
+    dataset = record["dataset"].split("-")[0]
+    return poster.published(dataset, record["noise"], record["method"], record["refiner"])
+
+
+def poster_tables(records: Sequence[Record], commands: bool = True) -> str:
+    """Both tables of the poster, "published / ours", the command of every row, and those of the cells without a run."""
+    parts, missing = [], []
+    for dataset, rows in poster.PUBLISHED.items():
+        found = poster.cells(records, dataset)
+        shown = [[f"{poster.NAMES[dataset]}: published / ours", "refiner", *poster.NOISES.values()]]
+        for (method, refiner), figures in zip(poster.ROWS, rows, strict=True):
+            ours = [found[method, refiner, noise] for noise in poster.NOISES]
+            shown.append([method, refiner])
+            for noise, figure, own in zip(poster.NOISES, figures, ours, strict=True):
+                reached = _accuracy([value / 100 for value in own]) or "not run"
+                shown[-1].append(f"{figure:.2f} / {reached}")
+                if not own:
+                    missing.append(poster.command(dataset, noise, method, refiner))
+        parts.append(markdown(shown))
+    columns = ", ".join(f"{short} is `{noise}`" for noise, short in poster.NOISES.items())
+    parts.append(f"With `DATASET=cifar10` or `cifar100` and NOISE as the column says ({columns}) this runs a cell:")
+    about = [["method", "refiner", "command", "what still differs"]]
+    for method, refiner in poster.ROWS:
+        line = poster.command("$DATASET", "$NOISE", method, refiner)
+        about.append([method, refiner, f"`{line}`", poster.DIFFERS[method]])
+    parts.append(markdown(about))
+    if commands and missing:
+        parts += [f"{len(missing)} cells have no run:", "\n".join(missing)]
+    return "\n\n".join(parts)
 
 
 def _figure(value: float | str) -> str:
@@ -198,6 +218,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def _shown(arguments: Sequence[str], root: Path = Path()) -> str:
     """What the command prints; record paths are relative to `root`."""
     options = _parser().parse_args(arguments)
+    if options.poster:
+        paths = [root / path for path in options.records]
+        paths = paths or [path for name in poster.PUBLISHED if (path := RESULTS / name).is_dir()]
+        return poster_tables([one for one in read_records(paths) if "method" in one], not options.short)
     records = read_records(root / path for path in options.records)
     for key in ("study", "method"):
         if wanted := getattr(options, key):
@@ -215,10 +239,12 @@ def _shown(arguments: Sequence[str], root: Path = Path()) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="*", help="record files, or folders of them")
     parser.add_argument("--study", help="show this study alone")
     parser.add_argument("--method", help="show the runs of this method alone")
+    parser.add_argument("--poster", action="store_true", help="the paper's tables, beside records of the CIFAR configs")
+    parser.add_argument("--short", action="store_true", help="with --poster: without a command for every missing cell")
     parser.add_argument("--sentence", action="store_true", help="say it in words")
     parser.add_argument(
         "--update", type=Path, nargs="+", metavar="FILE", help="renew the tables in these Markdown files"

@@ -58,10 +58,11 @@ def noisy_labels(
     """
     labels = true_labels
     for place, part in enumerate(noise_name.split("+")):
-        if match := re.fullmatch(r"(uniform|asymmetric)-(0\.\d+)", part):
+        if match := re.fullmatch(r"(uniform|symmetric|pair|asymmetric)-(0\.\d+)", part):
             level = float(match[2])
-            if match[1] == "uniform":
-                labels = noise.uniform(labels, level, num_classes)
+            if match[1] != "asymmetric":
+                made = {"uniform": noise.uniform, "symmetric": noise.symmetric, "pair": noise.pair}[match[1]]
+                labels = made(labels, level, num_classes)
             elif flips is None:
                 raise InputError(
                     f"noise: expected no asymmetric part, this data set has no class map, got {noise_name}"

@@ -1,4 +1,4 @@
-"""Label noise for experiments: polynomial-margin diminishing (PMD) noise, uniform and asymmetric noise.
+"""Label noise for experiments: polynomial-margin diminishing (PMD), uniform, asymmetric, symmetric and pair noise.
 
 PMD noise is that of "Learning with Feature-Dependent Label Noise: A Progressive Approach", Zhang, Zheng, Wu, Goswami,
 Chen, ICLR 2021, https://openreview.net/forum?id=ZPa2SyGcbwh, in the form of its public code: an image whose two most
@@ -244,6 +244,77 @@ def asymmetric(
         rows[source, source] -= level
         rows[source, target] += level
     return _draw(labels, level, rows, seed)
+
+
+def symmetric(labels: Array, level: float, num_classes: int, *, seed: int = 77) -> Labels:
+    """Move exactly `level` of every class, rounded down, to the other classes, each of which gets the same number.
+
+    Where the number moved is no multiple of C - 1, classes chosen at random get one more.
+
+    Args:
+        labels: Labels, (N,) integers in [0, C); they may be noisy already.
+        level: In [0, 1].
+        num_classes: C, 2 or more.
+        seed: Of the images that move and of their order.
+
+    Returns:
+        New labels, (N,) int64.
+
+    Example:
+        >>> np.bincount(symmetric(np.zeros(10, dtype=int), 0.6, num_classes=4)).tolist()
+        [4, 2, 2, 2]
+    """
+    if num_classes < 2:
+        raise InputError(f"num_classes: expected 2 or more, got {num_classes}")
+
+    def targets(label: int, count: int, state: np.random.RandomState) -> Labels:
+        others = np.setdiff1d(np.arange(num_classes), [label])
+        return np.resize(state.permutation(others), count)
+
+    return _move(labels, level, num_classes, targets, seed)
+
+
+def pair(labels: Array, level: float, num_classes: int, *, seed: int = 77) -> Labels:
+    """Move exactly `level` of every class, rounded down, to the class that follows it in a shuffled cycle of all.
+
+    Args:
+        labels: Labels, (N,) integers in [0, C); they may be noisy already.
+        level: In [0, 1].
+        num_classes: C, 2 or more.
+        seed: Of the cycle and of the images that move.
+
+    Returns:
+        New labels, (N,) int64.
+
+    Example:
+        >>> np.bincount(pair(np.arange(20) % 2, 0.3, num_classes=2)).tolist()
+        [10, 10]
+    """
+    if num_classes < 2:
+        raise InputError(f"num_classes: expected 2 or more, got {num_classes}")
+    cycle = np.random.RandomState(seed).permutation(num_classes)
+    following = dict(zip(cycle, np.roll(cycle, -1), strict=True))
+    return _move(labels, level, num_classes, lambda label, count, _: np.full(count, following[label]), seed)
+
+
+def _move(
+    labels: Array,
+    level: float,
+    num_classes: int,
+    targets: Callable[[int, int, np.random.RandomState], Labels],
+    seed: int,
+) -> Labels:
+    """Give int(level * n) images of each class, chosen at random, the labels of `targets(class, count, state)`."""
+    check_labels("labels", labels, num_classes)
+    if not 0 <= level <= 1:
+        raise InputError(f"level: expected a number in [0, 1], got {level}")
+    before, state = np.asarray(labels), np.random.RandomState(seed)
+    after = before.astype(np.int64)
+    for label in range(num_classes):
+        rows = state.permutation(np.flatnonzero(before == label))
+        moved = rows[: int(level * len(rows) + 1e-9)]  # 0.3 * 10 is below 3 by rounding
+        after[moved] = targets(label, len(moved), state)
+    return after
 
 
 def _margins(posterior: Array, kind: int) -> tuple[Labels, Labels, Floats]:

@@ -15,7 +15,9 @@ from adapters import ADAPTERS, Outcome, Split, Task
 from adapters.network import best_epoch, named_accuracies
 from adapters.standard import initial_classifier, run
 from synth_refine import InputError, class_prototypes, refine_labels
-from third_party import loop
+from synth_refine.images.encoders import module_encoder
+from third_party import loop, lra_diffusion, simclr
+from third_party.resnet import STATISTICS
 
 QUICK: dict[str, Any] = {"epochs": 3, "batch_size": 16}
 NETWORK: dict[str, dict[str, Any]] = {"pixels": {"network": "resnet_small"}, "features": {"hidden": 16}}
@@ -260,3 +262,86 @@ def test_several_processes_take_one_simclr_encoder_from_a_folder(monkeypatch: py
     task = tiny_task("pixels")
     with pytest.raises(InputError, match="cache: expected a folder where several processes take one encoder from"):
         ADAPTERS["lra-simclr"](task, task.train.labels, quick("lra-simclr", "pixels"), 0)
+
+
+def test_simclr_learns_from_training_and_validation_images_with_the_named_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[simclr.SimCLR, Any]] = []
+    train = simclr.train
+
+    def watched(model: simclr.SimCLR, images: Any, config: simclr.Config, **more: Any) -> simclr.Result:
+        seen.append((model, images))
+        return train(model, images, config, **more)
+
+    monkeypatch.setattr(simclr, "train", watched)
+    task, options = tiny_task("pixels"), quick("lra-simclr", "pixels") | {"epochs": 1}
+    for statistics in ("train", "cifar10"):
+        ADAPTERS["lra-simclr"](task, task.train.labels, options | {"statistics": statistics}, 0)
+    (ours, images), (published, _) = seen
+    assert torch.equal(torch.cat(list(images)), torch.cat([task.train.inputs, task.noisy_validation.inputs]))
+    assert (published.encoder.mean.flatten() / 255).tolist() == pytest.approx(STATISTICS["cifar10"][0])
+    mean = task.train.inputs.double().mean(dim=(0, 2, 3))
+    assert ours.encoder.mean.flatten().tolist() == pytest.approx(mean.tolist(), rel=1e-4)
+
+
+def test_published_simclr_weights_are_taken_with_the_task_s_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = simclr.build(simclr.Config()).encoder
+    parts = {ours: theirs for theirs, ours in simclr.PUBLISHED_PARTS.items()}
+    weights = {}
+    for name, value in encoder.state_dict().items():
+        if name.startswith("network."):
+            _, part, rest = name.split(".", 2)
+            weights[f"f.{parts[part]}.{rest}"] = value
+    torch.save(weights, tmp_path / "SimCLR_128_cifar10.pt")
+    task = tiny_task("pixels")
+    options = QUICK | NETWORK["pixels"] | {"epochs": 1, "width": 16, "warmup": 0, "statistics": "cifar10"}
+    outcome = ADAPTERS["lra-simclr"](
+        task, task.train.labels, options | {"weights": str(tmp_path / "SimCLR_128_cifar10.pt")}, 0
+    )
+    assert outcome.settings["frozen_encoder"] == module_encoder("simclr", encoder, normalise=True).id
+    del weights["f.6.2.bn3.bias"]
+    torch.save(weights, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"weights: expected those of the encoder .*other.pt: Missing key"):
+        ADAPTERS["lra-simclr"](task, task.train.labels, options | {"weights": str(tmp_path / "other.pt")}, 0)
+
+
+class Trained(Exception):
+    """Stands for the end of what is of interest."""
+
+
+@pytest.mark.parametrize(
+    ("options", "scale", "size"),
+    [({}, 10.0, 0.5), ({}, 0.01, 0.01), ({"preset": "released"}, 10.0, 10.0), ({"feature_size": 0.0}, 10.0, 10.0)],
+)
+def test_only_large_features_are_scaled_down(
+    options: dict[str, Any], scale: float, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, seen = tiny_task("features"), []
+    inputs = scale * task.train.inputs / task.train.inputs.square().mean().sqrt()
+
+    def train(network: Any, inputs: Tensor, features: Tensor, *_: Any, **more: Any) -> None:
+        seen.append(features.square().mean().sqrt().item())
+        raise Trained
+
+    monkeypatch.setattr(lra_diffusion, "train", train)
+    with pytest.raises(Trained):
+        ADAPTERS["lra-clip"](replace(task, train=Split(inputs, task.train.labels)), task.train.labels, options, 0)
+    assert seen == pytest.approx([size], rel=1e-4)
+
+
+@pytest.mark.parametrize(("preset", "best"), [("paper", 0.9), ("released", 0.7)])
+def test_released_chooses_among_the_epochs_that_are_due(
+    preset: str, best: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {5: (0.6, 0.6), 10: (0.7, 0.7), 12: (0.8, 0.9)}  # by epoch: clean validation and test
+    history = [
+        {"epoch": float(epoch)} | ({"clean_validation": found[0], "test": found[1]} if found else {})
+        for epoch in range(13)
+        for found in [figures.get(epoch)]
+    ]
+    monkeypatch.setattr(lra_diffusion, "train", lambda *_, **__: lra_diffusion.Result(history))
+    task = tiny_task("features")
+    outcome = ADAPTERS["lra-clip"](task, task.train.labels, {"preset": preset, "epochs": 13}, 0)
+    assert outcome.test_accuracy == {"last": 0.9, "best_clean_validation": best}

@@ -90,6 +90,8 @@ def pmd_stand_in(kind: int, rate: str) -> NDArray[np.int64]:
         ("clean", lambda labels, truth: (labels == truth).all()),
         ("pmd-2-0.70", lambda labels, truth: (labels == 2).all()),
         ("uniform-0.5", lambda labels, truth: 0.4 < (labels != truth).mean() < 0.6),
+        ("symmetric-0.5", lambda labels, truth: (labels != truth).sum() == 150),
+        ("pair-0.3", lambda labels, truth: [len(set(labels[truth == one])) for one in range(3)] == [2] * 3),
         ("asymmetric-0.9", lambda labels, truth: set(labels[truth == 0]) == {0, 1} and (labels != 0).mean() > 0.9),
         ("pmd-3-0.35+uniform-0.5", lambda labels, truth: 0.4 < (labels == 3).mean() < 0.6),
     ],
@@ -318,6 +320,19 @@ def test_image_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert images[:, 0, 5, 5].tolist() == [0, 0, 0, 10, 10, 10, 20, 20, 20]
     assert images[:, 1, 5, 5].tolist() == [0, 1, 2] * 3
+
+
+def test_of_a_synthetic_image_that_is_not_square_the_middle_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    wide = np.zeros((40, 80, 3), dtype=np.uint8)
+    wide[:, 20:60] = 200
+    Image.fromarray(wide).save(tmp_path / "cat" / "00000.png")
+    square = np.random.default_rng(0).integers(256, size=(48, 48, 3), dtype=np.uint8)
+    Image.fromarray(square).save(tmp_path / "cat" / "00001.png")
+    images, _ = cifar.read_image_folders(tmp_path, ["cat"], 32)
+    assert images[0, :, :, 1:-1].unique().tolist() == [200]  # its edges take part of what lies beside the square
+    expected = np.array(Image.fromarray(square).resize((32, 32), Image.Resampling.BILINEAR))
+    assert_array_equal(images[1].permute(1, 2, 0), expected)
 
 
 def test_missing_double_empty_and_damaged_folders_are_one_clear_line(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from third_party.lra_diffusion import (
     draw_targets,
     learning_rate,
     nearest,
+    predictor,
     signal_schedule,
 )
 from third_party.resnet import FeatureHead, resnet34
@@ -217,6 +218,34 @@ def test_released_leaves_the_image_encoder_as_it_was_and_in_training_mode() -> N
     for name, value in model.image_encoder.named_parameters():
         assert torch.equal(value, before[name])
     assert modes == [True, False]
+
+
+def test_nothing_is_dropped_out_in_predictions_of_released() -> None:
+    features, _ = blobs(200)
+    predict = predictor(network(features), PRESETS["released"])
+    assert predict(features, features).tolist() == predict(features, features).tolist()
+
+
+def test_an_epoch_may_draw_as_many_images_of_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = blobs(400)
+    labels[labels.bincount()[0] :] = 1  # an uneven start
+    drawn: list[Tensor] = []
+    original = lra_diffusion.draw_targets
+
+    def watched(labels: Tensor, neighbours: Tensor, rows: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
+        targets, weights = original(labels, neighbours, rows, weighted)
+        assert weights.unique().tolist() == pytest.approx([1 / len(rows)])
+        drawn.append(rows)
+        return targets, weights
+
+    monkeypatch.setattr(lra_diffusion, "draw_targets", watched)
+    config = replace(SHORT, epochs=2, per_class=20, batch_size=20, weighted=False)
+    lra_diffusion.train(network(features), features, features, labels, config, measure=silent, seed=0)
+    half = len(drawn) // 2
+    epochs = [torch.cat(drawn[:half]), torch.cat(drawn[half:])]
+    assert [labels[rows].bincount().tolist() for rows in epochs] == 2 * [[20] * int(labels.max() + 1)]
+    assert [len(rows.unique()) for rows in epochs] == [len(rows) for rows in epochs]
+    assert set(epochs[0].tolist()) != set(epochs[1].tolist())
 
 
 def test_paper_trains_the_image_encoder() -> None:

@@ -19,8 +19,10 @@ from synth_refine.noise import (
     PosteriorConfig,
     asymmetric,
     keep_function,
+    pair,
     pmd,
     pmd_factor,
+    symmetric,
     train_posterior,
     uniform,
 )
@@ -185,6 +187,27 @@ def test_asymmetric_noise_follows_the_map_alone() -> None:
         assert abs((mine != label).mean() - 0.3 * (label in CIFAR10_FLIPS)) < 0.05
 
 
+def test_symmetric_and_pair_noise_move_exact_counts_of_every_class() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(11), 103))
+    moved = 61  # 60 % of 103, rounded down
+    matrix = np.histogram2d(labels, symmetric(labels, 0.6, 11, seed=1), bins=11)[0]
+    assert_array_equal(matrix.diagonal(), np.full(11, 103 - moved))
+    for label in range(11):
+        assert sorted(np.delete(matrix[label], label)) == [6] * 9 + [7]
+    noisy = pair(labels, 0.6, 11, seed=1)
+    matrix = np.histogram2d(labels, noisy, bins=11)[0]
+    assert_array_equal(np.sort(matrix, axis=1)[:, -2:], np.tile([103 - moved, moved], (11, 1)))
+    assert_array_equal(matrix.sum(axis=0), np.full(11, 103))
+    place, seen = 0, []  # all classes lie on one cycle
+    for _ in range(11):
+        place = int(np.flatnonzero(matrix[place] == moved)[0])
+        seen.append(place)
+    assert sorted(seen) == list(range(11))
+    assert seen != [*range(1, 11), 0]
+    assert (pair(labels, 0.3, 11)[labels == 3] != 3).sum() == 30
+    assert_array_equal(pair(labels, 1.0, 11, seed=2), pair(labels, 1.0, 11, seed=2))
+
+
 def test_the_blocks_of_cifar100_are_cycles_of_five() -> None:
     assert sorted(CIFAR100_FLIPS.values()) == list(range(100))
     for label, target in CIFAR100_FLIPS.items():
@@ -220,6 +243,8 @@ GOOD = np.array([[0.7, 0.3], [0.4, 0.6]])
         (lambda: uniform(np.array([0.0]), 0.3, 3), "labels: expected integer class indices, got float64"),
         (lambda: uniform(np.array([0]), 30, 3), r"level: expected a number in \[0, 1\], got 30"),
         (lambda: uniform(np.array([0]), 0.3, 1), "num_classes: expected 2 or more, got 1"),
+        (lambda: pair(np.array([0, 3]), 0.3, 3), "labels: expected classes 0 to 2, got 3 in row 1"),
+        (lambda: symmetric(np.array([0]), 1.5, 3), r"level: expected a number in \[0, 1\], got 1.5"),
         (lambda: asymmetric(np.array([0]), 0.3, {0: 4}, num_classes=3), "flips: expected classes 0 to 2, got 4"),
         (lambda: asymmetric(np.array([0]), -0.1, {0: 1}), r"level: expected a number in \[0, 1\], got -0.1"),
         (

@@ -56,6 +56,35 @@ def deltas(config: plc.Config, flips: int, steps: int) -> list[float]:
     return values
 
 
+def test_smoothed_correction_is_that_for_clothing1m_written_slowly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predictions = (4 * torch.randn(300, 14, generator=generator)).softmax(dim=1)
+    predictions[:50] = torch.rand(50, 14, generator=generator).softmax(dim=1)  # nearly uniform
+    labels = torch.randint(14, (300,), generator=generator)
+    corrected, by_ratio = plc.correct_smoothed(predictions, labels, 0.7)
+    kinds = set()
+    for row in range(300):
+        q = predictions[row].softmax(dim=0)
+        best, label = int(q.argmax()), int(labels[row])
+        unsure, small = bool(q[best] < 0.1), bool(q[label] / q[best] < 0.7)
+        assert int(corrected[row]) == (best if unsure or small else label)
+        assert bool(by_ratio[row]) == (small and not unsure)
+        kinds.add((unsure, small))
+    assert {(True, False), (False, True), (False, False)} <= kinds
+
+
+def test_settings_of_the_larger_sets() -> None:
+    only_none = plc.Config(few_flips=0.0)
+    assert [plc.next_delta(0.5, flips, 10**6, only_none) for flips in (0, 1)] == [0.6, 0.5]
+    sizes = [len(rows) for rows in loop.shuffled_batches(50, 8, torch.device("cpu"), True)]
+    assert sizes == [8] * 6
+    assert [len(rows) for rows in loop.shuffled_batches(5, 8, torch.device("cpu"), True)] == [5]
+    model, inputs, labels = toy()
+    smoothed = replace(QUICK, corrector="smoothed", drop_last=True)
+    result = plc.train(model, inputs, labels, smoothed, measure=no_figures, seed=0)
+    assert sum(entry["flips"] for entry in result.history) > 0
+
+
 def test_delta_grows_after_few_flips_up_to_the_limit() -> None:
     assert deltas(plc.Config(), 44, 8) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
     assert deltas(plc.Config(), 45, 2) == [0.3, 0.3, 0.3]
@@ -124,7 +153,7 @@ def test_window_holds_the_training_pass_itself(pixels: bool, monkeypatch: pytest
         passes.append((logits.detach().softmax(dim=1), model.training))
         return logits
 
-    def watched_batches(count: int, batch_size: int, device: torch.device) -> list[Tensor]:
+    def watched_batches(count: int, batch_size: int, device: torch.device, drop_last: bool) -> list[Tensor]:
         order.extend(drawn := list(batches(count, batch_size, device)))
         return drawn
 

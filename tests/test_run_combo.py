@@ -133,6 +133,35 @@ def test_noise_by_name_joins_the_label_files(arrays, tmp_path, capsys):
     assert "confused" in noise
 
 
+def test_settings_may_depend_on_the_noise_and_the_command_line_has_the_last_word(arrays, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    block = 'by_noise:\n  "clean, uniform-*": {threshold: 0.5, methods: {plc: {warmup: 1}}}\n'
+    config.write_text((arrays / "quick.yaml").read_text() + block)
+
+    def settings(*more):
+        out = tmp_path / f"runs{len(more)}"
+        arguments = ["--method", "plc", "--refine", "paper", "--noise", "uniform-0.3", "--config", str(config), *more]
+        assert run_combo.main(command(arrays, out, *arguments)) == 0
+        return {record["noise"]: record["settings"] for record in read_records([out / "blobs"])}
+
+    found = settings()
+    assert {noise: one["refiner"] for noise, one in found.items()} == {
+        "confused": {"threshold": 0.0},
+        "uniform-0.3": {"threshold": 0.5},
+    }
+    assert {noise: one["method"]["warmup"] for noise, one in found.items()} == {"confused": 2, "uniform-0.3": 1}
+    found = settings("threshold=0.25", "methods.plc.warmup=0")
+    assert {one["refiner"]["threshold"] for one in found.values()} == {0.25}
+    assert {one["method"]["warmup"] for one in found.values()} == {0}
+    for line in ("by_noise: 3", "by_noise: {clean: {seeds: 3}}", "by_noise: {clean: {threshold: 7}}"):
+        config.write_text((arrays / "quick.yaml").read_text() + line)
+        assert run_combo.main(command(arrays, tmp_path, "--config", str(config))) == 3
+        assert capsys.readouterr().err.splitlines()[-1].split(": expected")[0] in (
+            "error: by_noise",
+            "error: threshold",
+        )
+
+
 def test_dry_run_writes_nothing(arrays, tmp_path, capsys):
     assert run_combo.main(command(arrays, tmp_path / "out", "--dry-run")) == 0
     lines = capsys.readouterr().out.splitlines()

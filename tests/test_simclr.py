@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import resnet50
+from torchvision.transforms.functional import resized_crop
 
 from synth_refine.images.encoders import module_encoder
 from third_party import loop, simclr
@@ -39,12 +41,18 @@ def test_loss_is_the_mean_over_every_view_of_the_paper_s_formula() -> None:
 def test_views_without_any_change_are_the_images() -> None:
     calm = replace(SMALL, smallest_crop=1.0, jitter=0.0, grayscale=0.0)
     torch.manual_seed(0)
-    views = random_view(images(200), calm)
-    unchanged = (views - images(200)).abs().amax(dim=(1, 2, 3)) < 1e-2
-    assert views.shape == (200, 3, 16, 16)
-    assert not unchanged.all()  # the proportions still vary
-    square = random_view(torch.full((50, 3, 16, 16), 77, dtype=torch.uint8), calm)
-    torch.testing.assert_close(square, torch.full_like(square, 77.0))
+    torch.testing.assert_close(random_view(images(200), calm), images(200).float(), atol=1e-2, rtol=0)
+
+
+def test_crops_are_those_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes = simclr.random_boxes(20_000, 32, 32, Config().smallest_crop, torch.device("cpu"))[:, 2:]
+    assert float(sizes.prod(dim=1).mean() / 1024) == pytest.approx(0.490, abs=0.004)  # clamped to the image: 0.534
+    box = torch.tensor([[3.0, 5.0, 9.0, 7.0]])
+    monkeypatch.setattr(simclr, "random_boxes", lambda *_: box)
+    calm = replace(SMALL, jitter=0.0, grayscale=0.0)
+    expected = resized_crop(images(1).float(), top=5, left=3, height=7, width=9, size=[16, 16], antialias=True)
+    torch.testing.assert_close(random_view(images(1), calm), expected, atol=1e-2, rtol=0)
 
 
 def test_only_flip_mirrors() -> None:
@@ -73,6 +81,38 @@ def test_published_encoder_and_head() -> None:
         (512, 2048), (512,), (512,), (128, 512), (128,),
     ]  # fmt: skip
     assert tuple(model.encoder.eval().features(images(1)).shape) == (1, 2048)
+
+
+def test_a_published_encoder_is_read_under_its_names() -> None:
+    torch.manual_seed(0)
+    whole = resnet50()
+    whole.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    layers = [layer for layer in whole.children() if not isinstance(layer, nn.MaxPool2d | nn.Linear)]
+    published = nn.ModuleDict(
+        {"f": nn.Sequential(*layers), "g": nn.Sequential(nn.Linear(2048, 512, bias=False))}
+    ).eval()
+    weights = published.state_dict()
+    assert sum(name.startswith("f.") for name in weights) == 318
+    encoder = simclr.build(Config()).encoder.eval()
+    found = simclr.from_published({**weights, "f.total_ops": torch.zeros(1), "f.0.total_params": torch.zeros(1)})
+    assert found is not None
+    encoder.load_state_dict({"mean": encoder.mean, "std": encoder.std, **found})
+    pixels = (images(4).float() - encoder.mean) / encoder.std
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.features(images(4)), published["f"](pixels).flatten(1))
+    assert simclr.from_published(encoder.state_dict()) is None
+
+
+def test_two_sets_of_images_are_learnt_as_one_and_batches_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    view = simclr.random_view
+    monkeypatch.setattr(simclr, "random_view", lambda batch, config: seen.append(batch) or view(batch, config))
+    histories = []
+    for some in (images(70), [images(70)[:50], images(70)[50:]]):
+        torch.manual_seed(0)
+        histories.append(simclr.train(simclr.build(SMALL), some, SMALL, seed=1).history)
+    assert histories[0] == histories[1]
+    assert [len(batch) for batch in seen] == [32] * 24  # of 70 images six are left out
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
@@ -130,7 +170,7 @@ def test_knn_readout_counts_near_neighbours_more() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"images: expected \(N, 3, H, W\) uint8, N >= 2, got \(4, 3, 8, 8\) torch.f"):
         simclr.train(simclr.build(SMALL), torch.zeros(4, 3, 8, 8), SMALL, seed=0)
-    with pytest.raises(ValueError, match="encoder: expected resnet50, resnet34 or resnet_small, got 'vgg'"):
+    with pytest.raises(ValueError, match="encoder: expected resnet50, resnet34 or .* or resnet50_224, got 'vgg'"):
         simclr.build(replace(SMALL, encoder="vgg"))
 
 

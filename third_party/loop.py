@@ -52,10 +52,13 @@ def seeded(device: torch.device, *seed: int) -> Iterator[None]:
         yield
 
 
-def shuffled_batches(count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Row indices of one epoch, (batch_size,) each; a last batch of one row is left out, as in PLC's code."""
+def shuffled_batches(count: int, batch_size: int, device: torch.device, drop_last: bool = False) -> Iterator[Tensor]:
+    """Row indices of one epoch, (batch_size,) each; a last batch of one row is left out, as in PLC's code.
+
+    With `drop_last` the last batch is left out whenever it is not full, unless it is the only one.
+    """
     for rows in torch.split(torch.randperm(count, device=device), batch_size):
-        if len(rows) > 1:
+        if len(rows) > 1 and not (drop_last and len(rows) < batch_size <= count):
             yield rows
 
 

@@ -56,6 +56,8 @@ class Config(Augmentation):
     encoder_eval_mode: bool = True  # predict (and, untrained, train) with running statistics; False: with the batch's
     use_ema: bool = True  # predict with the moving average of the weights
     ema_decay: float = 0.9999  # at most; update n uses (1 + n) / (10 + n) while that is less, for short runs
+    weighted: bool = True  # weigh each target by how many of its candidates agree with it; False: all alike
+    per_class: int = 0  # images of each class, by their present labels, that an epoch draws afresh; 0: all images
     measure_every: int = 5  # epochs; the last one is always measured
     measure_batch: int = 1000  # images predicted at once
     bf16: bool = False  # autocast the image encoder to bfloat16
@@ -258,13 +260,14 @@ def nearest(features: Tensor, count: int, *, exclude_self: bool, block: int = 40
     return indices
 
 
-def draw_targets(labels: Tensor, neighbours: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def draw_targets(labels: Tensor, neighbours: Tensor, rows: Tensor, weighted: bool = True) -> tuple[Tensor, Tensor]:
     """Draw each image's target among the present labels of its neighbours and its own.
 
     Args:
         labels: (N,) int64, as they are now.
         neighbours: Row indices, (N, K).
         rows: Rows of the batch, (B,).
+        weighted: False weighs all alike.
 
     Returns:
         Target classes, (B,), and weights, (B,): how many of the K + 1 candidates agree with the target, scaled so that
@@ -273,8 +276,24 @@ def draw_targets(labels: Tensor, neighbours: Tensor, rows: Tensor) -> tuple[Tens
     candidates = labels[torch.cat([neighbours[rows], rows[:, None]], dim=1)]  # (B, K + 1)
     picks = torch.randint(candidates.shape[1], (len(rows), 1), device=labels.device)
     targets = candidates.gather(1, picks)
-    votes = (candidates == targets).sum(dim=1)
+    votes = (candidates == targets).sum(dim=1) if weighted else torch.ones_like(rows)
     return targets[:, 0], votes / votes.sum()
+
+
+def balanced_rows(labels: Tensor, per_class: int) -> Tensor:
+    """Random rows, as many of each class: `per_class`, or as many as the smallest class that occurs has.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 2, 2, 0])
+        >>> labels[balanced_rows(labels, 5)].sort().values.tolist()
+        [0, 0, 2, 2]
+    """
+    order = torch.randperm(len(labels), device=labels.device)
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    starts = (counts.cumsum(0) - counts)[labels[order]]
+    rank = torch.arange(len(labels), device=labels.device) - starts
+    return order[rank < min(per_class, int(counts[counts > 0].min()))]
 
 
 def antithetic_steps(count: int, steps: int, device: torch.device) -> Tensor:
@@ -337,6 +356,11 @@ def learning_rate(config: Config, epoch: float) -> float:
     return config.lr * (1 + math.cos(math.pi * (epoch - config.warmup) / (horizon - config.warmup))) / 2
 
 
+def is_due(config: Config, epoch: int) -> bool:
+    """Whether an epoch, from 0, is one of those that are measured regularly; besides these, the last one always is."""
+    return epoch >= config.warmup and epoch % config.measure_every == 0
+
+
 def predictor(network: LabelDiffusion, config: Config) -> Predict:
     """A function from inputs and features to classes; it puts the network in the mode that the config asks for.
 
@@ -349,6 +373,9 @@ def predictor(network: LabelDiffusion, config: Config) -> Predict:
         rows = rows_at_once(inputs, config.measure_batch)
         if not config.encoder_eval_mode:
             network.image_encoder.train()
+            for layer in network.image_encoder.modules():
+                if isinstance(layer, nn.Dropout):  # the released code's encoder has none; a head on features does
+                    layer.eval()
             rows = config.measure_batch  # the images of a batch are predicted by its statistics
         batches = zip(torch.split(inputs, rows), torch.split(features, rows), strict=True)
         return in_parts(network, batches, lambda some, of: decide(network.sample(some, of, config.sampling_steps)))
@@ -459,14 +486,18 @@ def train(
         with seeded(device, seed, epoch):
             network.train()
             network.image_encoder.train(not untrained)
-            batches = list(shuffled_batches(len(inputs), config.batch_size, device))
+            if config.per_class:
+                drawn = balanced_rows(labels, config.per_class)
+                batches = [drawn[places] for places in shuffled_batches(len(drawn), config.batch_size, device)]
+            else:
+                batches = list(shuffled_batches(len(inputs), config.batch_size, device))
             total = torch.zeros((), device=device)
             read = read_batches(inputs if embeddings is None else embeddings, [rows[places] for rows in batches])
             for index, (rows, batch) in enumerate(zip(batches, read, strict=True)):
                 rate = learning_rate(config, epoch + index / len(batches))
                 for group in optimiser.param_groups:
                     group["lr"] = rate
-                targets, weights = draw_targets(labels, neighbours, rows)
+                targets, weights = draw_targets(labels, neighbours, rows, config.weighted)
                 batch = views(batch, config, len(rows), places)
                 set_part(network, len(rows), places)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
@@ -484,7 +515,7 @@ def train(
                 raise ValueError(f"lr: expected training to converge, got a loss of {mean_loss} in epoch {epoch}")
             figures: Mapping[str, float] = {}
             last = epoch == config.epochs - 1
-            if last or (epoch >= config.warmup and epoch % config.measure_every == 0):
+            if last or is_due(config, epoch):
                 figures = measure(predictor(predicting, config))
         history.append({"epoch": float(epoch), "lr": rate, "loss": mean_loss, **figures})
         averaged = {} if average is None else average.state_dict()

@@ -49,9 +49,11 @@ class Config(Augmentation):
     delta: float = 0.3  # initial likelihood ratio below which a label is replaced
     increment: float = 0.1
     limit: float = 0.9  # of delta, see cap
-    few_flips: float = 0.001  # fraction of the images; fewer flips than that raise delta
+    few_flips: float = 0.001  # fraction of the images; fewer flips than that raise delta; 0: only none at all
     growth: str = "additive"  # the code: delta + increment after few flips; "multiplicative", the paper: delta *
     # (1 + increment) after no flip
+    corrector: str = "ratio"  # "smoothed": the published code's for Clothing1M, see `correct_smoothed`
+    drop_last: bool = False  # leave out a last batch that is not full, as the published code does but for CIFAR
     cap: str = "min"  # the code today: delta never above limit; "max", the code up to June 2021: never below it
     bf16: bool = False  # autocast to bfloat16
     compiled: bool = False  # through torch.compile
@@ -91,6 +93,31 @@ def correct(predictions: Tensor, labels: Tensor, delta: float) -> Tensor:
     return torch.where(ratio < delta, likeliest, labels)
 
 
+def correct_smoothed(predictions: Tensor, labels: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """Correct as the published code does for Clothing1M: on the softmax of the averaged softmax outputs.
+
+    Where even the likeliest class stays below 0.1 then, it replaces the label whatever the ratio.
+
+    Args:
+        predictions: Averaged predictions, (N, C), rows that sum to one.
+        labels: Current labels, (N,) int64; left as they are.
+        delta: Ratio below which a label is replaced elsewhere.
+
+    Returns:
+        Labels, (N,) int64, and which of them the ratio replaced, (N,) bool.
+
+    Example:
+        >>> labels = torch.tensor([1, 1])
+        >>> correct_smoothed(torch.tensor([[0.8, 0.2], [0.6, 0.4]]), labels, 0.7)
+        (tensor([0, 1]), tensor([ True, False]))
+    """
+    smooth = predictions.softmax(dim=1)
+    highest, likeliest = smooth.max(dim=1)
+    ruled = correct(smooth, labels, delta)
+    unsure = highest < 0.1
+    return torch.where(unsure, likeliest, ruled), ~unsure & (ruled != labels)
+
+
 def next_delta(delta: float, flips: int, count: int, config: Config) -> float:
     """The ratio for the next correction, after one that replaced `flips` of `count` labels.
 
@@ -99,7 +126,7 @@ def next_delta(delta: float, flips: int, count: int, config: Config) -> float:
         (0.5, 0.25)
     """
     if config.growth == "additive":
-        if flips >= config.few_flips * count:
+        if flips >= max(config.few_flips * count, 1e-9):
             return delta
         raised = delta + config.increment
     else:
@@ -144,6 +171,7 @@ def train(
     for name, value, known in (
         ("growth", config.growth, ("additive", "multiplicative")),
         ("cap", config.cap, ("min", "max")),
+        ("corrector", config.corrector, ("ratio", "smoothed")),
     ):
         if value not in known:
             raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
@@ -173,7 +201,7 @@ def train(
         predictions = window[epoch % config.window]  # (N, C)
         with seeded(device, seed, epoch):
             model.train()
-            batches = list(shuffled_batches(len(inputs), config.batch_size, device))
+            batches = list(shuffled_batches(len(inputs), config.batch_size, device, config.drop_last))
             total = torch.zeros((), device=device)
             parts = [(rows % count == rank).nonzero()[:, 0] if count > 1 else EVERY for rows in batches]
             read = read_batches(inputs, [rows[places] for rows, places in zip(batches, parts, strict=True)])
@@ -197,11 +225,16 @@ def train(
                 )
             flips, delta_now = 0, delta
             if epoch >= config.warmup:
-                corrected = torch.zeros_like(current)
-                corrected[mine] = correct(window.mean(dim=0), current[mine], delta)
-                corrected = summed(corrected)
+                corrected, ruled = torch.zeros_like(current), torch.zeros_like(current)
+                if config.corrector == "ratio":
+                    corrected[mine] = correct(window.mean(dim=0), current[mine], delta)
+                    ruled[mine] = (corrected != current).long()[mine]
+                else:
+                    corrected[mine], found = correct_smoothed(window.mean(dim=0), current[mine], delta)
+                    ruled[mine] = found.long()
+                corrected, by_ratio = summed(corrected), int(summed(ruled).sum())
                 flips = int((corrected != current).sum())
-                current, delta = corrected, next_delta(delta, flips, len(inputs), config)
+                current, delta = corrected, next_delta(delta, by_ratio, len(inputs), config)
             model.eval()
             with torch.no_grad():
                 figures = dict(measure(model))

@@ -8,8 +8,10 @@ shapes: N images, B images of a batch, H x W pixels, K features of the encoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from third_party.augment import random_boxes, resized_crop
 from third_party.checkpoint import write_tensors
 from third_party.loop import Progress, seeded, shuffled_batches
-from third_party.resnet import STATISTICS, Classifier, resnet34, resnet_small
+from third_party.resnet import STATISTICS, Classifier, Torchvision, resnet34, resnet_small
 
 
 @dataclass(frozen=True)
 class Config:
     """The recipe; the defaults are those of the encoders that LRA-diffusion uses."""
 
-    encoder: str = "resnet50"  # or resnet34, resnet_small
+    encoder: str = "resnet50"  # or resnet34, resnet_small; or, with the usual stem for large images, resnet50_224
     epochs: int = 500
     batch_size: int = 512
     lr: float = 0.001
@@ -105,7 +108,11 @@ def build(
     """A fresh model with the encoder that the config names."""
     if config.encoder == "resnet50":
         return SimCLR(ResNet50(mean, std), 2048, config.projection)
-    builders = {"resnet34": resnet34, "resnet_small": resnet_small}
+    builders: dict[str, Callable[..., Classifier]] = {
+        "resnet34": resnet34,
+        "resnet_small": resnet_small,
+        "resnet50_224": partial(Torchvision, "resnet50"),
+    }
     if config.encoder not in builders:
         raise ValueError(f"encoder: expected resnet50, {' or '.join(builders)}, got {config.encoder!r}")
     network = builders[config.encoder](1, mean, std)  # its one logit is never asked for
@@ -133,13 +140,10 @@ def random_view(images: Tensor, config: Config) -> Tensor:
     def chosen(chance: float) -> Tensor:
         return torch.rand(count, 1, 1, 1, device=device) < chance
 
-    area, ratio = uniform(config.smallest_crop, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    size = torch.cat([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1).flatten(1)  # width, height
-    centre = (2 * torch.rand(count, 2, device=device) - 1) * (1 - size)
-    mirror = torch.where(chosen(0.5 if config.flip else 0).flatten(1), -1.0, 1.0)
-    scale = torch.diag_embed(size * torch.cat([mirror, torch.ones_like(mirror)], dim=1))
-    grid = F.affine_grid(torch.cat([scale, centre[:, :, None]], dim=2), list(images.shape), align_corners=False)
-    views = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+    height, width = images.shape[2:]
+    boxes = random_boxes(count, height, width, config.smallest_crop, device)
+    mirrored = chosen(0.5 if config.flip else 0).flatten()
+    views = resized_crop(images, boxes, height, width, mirrored).clamp(0, 255) / 255
 
     def gray(pixels: Tensor) -> Tensor:
         return (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
@@ -177,12 +181,14 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, partner)
 
 
-def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoint: Path | None = None) -> Result:
-    """Train encoder and projection head on the images alone.
+def train(
+    model: SimCLR, images: Tensor | Sequence[Tensor], config: Config, *, seed: int, checkpoint: Path | None = None
+) -> Result:
+    """Train encoder and projection head on the images alone; batches that are not full are left out.
 
     Args:
         model: On the device of `images`; trained in place.
-        images: (N, 3, H, W) uint8, two or more.
+        images: (N, 3, H, W) uint8, two or more; or several of them, such as training and validation images.
         config: The recipe.
         seed: Same seed, same encoder on the CPU; 0 or more.
         checkpoint: Safetensors file to write to, and to resume from where it exists, with the same result.
@@ -190,14 +196,19 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
     Raises:
         ValueError: Images or checkpoint do not fit, or the loss is no number any more.
     """
-    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) < 2:
-        raise ValueError(f"images: expected (N, 3, H, W) uint8, N >= 2, got {tuple(images.shape)} {images.dtype}")
-    device = images.device
+    parts = [images] if isinstance(images, Tensor) else [part for part in images if len(part)]
+    total_rows = sum(map(len, parts))
+    for part in parts:
+        if part.ndim != 4 or part.dtype != torch.uint8 or total_rows < 2:
+            raise ValueError(f"images: expected (N, 3, H, W) uint8, N >= 2, got {tuple(part.shape)} {part.dtype}")
+    device = parts[0].device
     model.to(memory_format=torch.channels_last)
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     history: list[dict[str, float]] = []
-    progress = Progress(checkpoint, "simclr", config, seed, images, images[:, 0, 0, 0])
+    progress = Progress(
+        checkpoint, "simclr", config, seed, parts[0], parts[0][:64].flatten(), images=[len(part) for part in parts]
+    )
     if state := progress.load(model, optimiser):
         history = state["history"]
 
@@ -207,8 +218,8 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
     for epoch in bar:
         with seeded(device, seed, epoch):
             total, count = torch.zeros((), device=device), 0
-            for rows in shuffled_batches(len(images), config.batch_size, device):
-                batch = images[rows]
+            for rows in shuffled_batches(total_rows, config.batch_size, device, True):
+                batch = _take(parts, rows)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                     projections = [network(random_view(batch, config)).float() for _ in range(2)]
                 loss = nt_xent(projections[0], projections[1], config.temperature)
@@ -227,6 +238,40 @@ def train(model: SimCLR, images: Tensor, config: Config, *, seed: int, checkpoin
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
     model.eval()
     return Result(history)
+
+
+def _take(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Rows of several tensors as if they were one."""
+    if len(parts) == 1:
+        return parts[0].index_select(0, rows)
+    batch = torch.empty((len(rows), *parts[0].shape[1:]), dtype=torch.uint8, device=rows.device)
+    for part in parts:
+        here = ((rows >= 0) & (rows < len(part))).nonzero()[:, 0]
+        batch[here] = part.index_select(0, rows[here])
+        rows = rows - len(part)
+    return batch
+
+
+PUBLISHED_PARTS = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}
+"""Layers of `ResNet50` by their place in the published encoders, whose names begin with f; the head's begin with g."""
+
+
+def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights of a published encoder under the names of `ResNet50`; None where the names are no published ones.
+
+    Args:
+        weights: 318 tensors f.0.weight to f.6.2.bn3.num_batches_tracked, and others, which are left out.
+
+    Example:
+        >>> list(from_published(dict.fromkeys(["f.0.weight", "f.3.2.bn1.bias", "g.0.weight"], torch.zeros(1))))
+        ['network.conv1.weight', 'network.layer1.2.bn1.bias']
+    """
+    found = {}
+    for name, value in weights.items():
+        match = re.fullmatch(r"f\.(\d)\.(.+)", name)
+        if match and match[1] in PUBLISHED_PARTS and not name.endswith(("total_ops", "total_params")):
+            found[f"network.{PUBLISHED_PARTS[match[1]]}.{match[2]}"] = value
+    return found or None
 
 
 def export(model: SimCLR, path: Path) -> None:
