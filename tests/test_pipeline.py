@@ -592,7 +592,7 @@ def test_one_of_two_label_columns_is_named(
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.chdir(tmp_path)
     picture = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    Image.radial_gradient("L").resize((32, 32)).save(picture, "PNG")
     pq.write_table(pa.table({"img": [picture.getvalue()], "label": ["cat"], "labels": ["pet"]}), "a.parquet")
     command = ["embed", "a.parquet", "--encoder", str(GLYPH_CLIP), "--workers", "0"]
     assert cli.main([*command, "--out", "no"]) == 3
