@@ -1005,7 +1005,7 @@ def test_what_nobody_decided_on_stays_and_is_marked(tmp_path: Path) -> None:
     ("row", "error", "message"),
     [
         (("9", "0", "accept", "1"), WrongIds, "expected ids of the artifact, got '9'"),
-        (("0", "0", "maybe", "1"), InputError, "expected accept, reject or correct for '0', got 'maybe'"),
+        (("0", "0", "maybe", "1"), InputError, "expected accept, reject, correct or remove for '0', got 'maybe'"),
         (("0", "0", "accept", "cat"), InputError, "expected class names for '0', got 'cat'"),
         (("0", "1", "accept", "1"), WrongBase, "about another refinement"),
         (("0", "0", "accept", "2"), WrongBase, "expected accept of '1' for '0'"),
