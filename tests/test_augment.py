@@ -21,12 +21,13 @@ def numbered_image(size: int = 10) -> torch.Tensor:
     return torch.arange(1, 3 * size * size + 1).remainder(251).add(1).view(3, size, size).to(torch.uint8)
 
 
-def test_each_of_the_162_views_is_torchvisions() -> None:
-    image = numbered_image()
+@pytest.mark.parametrize("size", [10, 40])  # large images go another way on the CPU
+def test_each_of_the_162_views_is_torchvisions(size: int) -> None:
+    image = numbered_image(size)
     top, left, flip = (torch.tensor(values) for values in zip(*CELLS, strict=True))
     views = crop_and_flip(image.expand(len(CELLS), -1, -1, -1), top, left, flip, padding=4)
     for view, (row, column, mirrored) in zip(views, CELLS, strict=True):
-        expected = crop(pad(image, [4]), row, column, 10, 10)
+        expected = crop(pad(image, [4]), row, column, size, size)
         assert torch.equal(view, hflip(expected) if mirrored else expected)
 
 

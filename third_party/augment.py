@@ -99,6 +99,16 @@ def crop_and_flip(
     """
     count, device = len(images), images.device
     height, width = size or (images.shape[2], images.shape[3])
+    if device.type == "cpu" and height * width > 1024:  # copies of whole rows are ten times as fast there
+        views = images.new_zeros(count, height, width, images.shape[1])
+        places = zip((top - padding).tolist(), (left - padding).tolist(), flip.tolist(), strict=True)
+        for view, image, (first, start, mirrored) in zip(views, images.permute(0, 2, 3, 1), places, strict=True):
+            end, stop = min(first + height, image.shape[0]), min(start + width, image.shape[1])
+            target = view[max(-first, 0) : end - first, max(-start, 0) : stop - start]
+            target.copy_(image[max(first, 0) : end, max(start, 0) : stop])
+            if mirrored:
+                view.copy_(view.flip(1))
+        return views.permute(0, 3, 1, 2)
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # (B, H + 2 padding, W + 2 padding, 3)
     rows = top[:, None] + torch.arange(height, device=device)  # (B, h)
     columns = torch.arange(width, device=device).expand(count, width)
