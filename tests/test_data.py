@@ -1,6 +1,5 @@
 """Tasks by name: splits, noise, arrays of a user, folders of images, and one line for whatever is missing."""
 
-import dataclasses
 import os
 import pickle
 import socket
@@ -16,12 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adapters import check_options
-from adapters.network import resolve
 from benchmarks import cifar, data
 from benchmarks.config import CONFIGS, read_config
 from benchmarks.task import annotate
 from synth_refine import InputError
-from third_party import plc, standard
 
 DATA = os.environ.get("SYNTH_REFINE_DATA")
 
@@ -421,12 +418,3 @@ def test_configs_name_a_data_set_its_noise_and_known_options(name: str) -> None:
     for method, options in config["methods"].items():
         check_options(method, options)
     check_options("initial", config["initial"])
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_the_cifar_configs_are_the_published_recipes(name: str) -> None:
-    methods = read_config(CONFIGS / f"{name}.yaml")["methods"]
-    overshoot = dataclasses.replace(standard.Config(), warmup_overshoot=True)
-    assert resolve("standard", standard.Config(), methods["standard"])[0] == overshoot
-    assert resolve("relabel", standard.FINE_TUNE, methods["relabel"])[0] == standard.FINE_TUNE
-    assert resolve("plc", plc.Config(), methods["plc"])[0] == plc.Config()
