@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 PART_BYTES = 1 << 26  # of pixels that are copied to a GPU at once
-KEPT_BYTES = 1 << 28
+KEPT_BYTES = 1 << 26
 """Pages of the file that may stay mapped; the system keeps them in its cache as long as it has room."""
 
 

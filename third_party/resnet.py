@@ -235,7 +235,7 @@ def input_statistics(inputs: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]
 
     def mean_of(shift: Tensor | float, power: int) -> Tensor:
         parts = torch.split(inputs, rows_at_once(inputs, chunk))
-        sums = [((part.double() / scale - shift) ** power).sum(dim=dims) for part in parts]
+        sums = [part.double().div_(scale).sub_(shift).pow_(power).sum(dim=dims) for part in parts]
         return torch.stack(sums).sum(dim=0) / (inputs.numel() / inputs.shape[1])
 
     mean = mean_of(0.0, 1)
