@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a file outside": (_edit_run(files={"../labels.npy": "0" * 64}), "run.json is damaged: it names the files"),
     "other base": (_edit_run(given={"sha256": "0" * 64, "dtype": "<i8"}), "contradict each other"),
-    "base of objects": (_edit_run(given={"sha256": "0" * 64, "dtype": "O"}), "run.json is damaged: its labels are of the type O"),
+    "base of objects": (_edit_run(given={"sha256": "0" * 64, "dtype": "O"}), "damaged: its labels are of type O"),
 }
 
 
