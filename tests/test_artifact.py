@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a file outside": (_edit_run(files={"../labels.npy": "0" * 64}), "run.json is damaged: it names the files"),
     "other base": (_edit_run(given={"sha256": "0" * 64, "dtype": "<i8"}), "contradict each other"),
-    "base of objects": (_edit_run(given={"sha256": "0" * 64, "dtype": "O"}), "contradict each other"),
+    "base of objects": (_edit_run(given={"sha256": "0" * 64, "dtype": "O"}), "damaged: its labels are of type O"),
 }
 
 
@@ -178,6 +178,16 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path, kind: str) -> None:
         read_artifact(tmp_path / "a")
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, Damaged) or kind == "run lost"
+
+
+@pytest.mark.parametrize("kind", ["O", "V8", "<M8[s]", "|S999999999", "<f8", "x", 5, ["i8"]])
+def test_labels_of_a_type_that_is_no_integer_are_damage(tmp_path: Path, kind: object) -> None:
+    write_artifact(tmp_path, record(np.array([0, 1]), np.array([1, 1])))
+    run = json.loads((tmp_path / "run.json").read_text())
+    for key, value in (("given", {**run["given"], "dtype": kind}), ("settings", [1]), ("inputs", "x")):
+        (tmp_path / "run.json").write_text(json.dumps({**run, key: value}))
+        with pytest.raises(Damaged, match="run.json is damaged"):
+            read_artifact(tmp_path)
 
 
 def test_a_file_of_another_artifact_is_noticed(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def read_run(root: Path) -> dict[str, Any]:
             raise ValueError(f"it names the files {', '.join(run['files'])}")
         if not {"given", "labels", "inputs", "num_classes"} <= set(run):
             raise ValueError("an entry is missing")
+        if not isinstance(run.get("settings", {}), dict) or not isinstance(run["inputs"], dict):
+            raise ValueError("its settings or inputs are no entries by name")
+        if np.dtype(run["given"]["dtype"]).kind not in "iu":
+            raise ValueError(f"its labels are of type {str(run['given']['dtype'])[:40]}")
         if not all(isinstance(value, str) and len(value) == 64 and value.isalnum() for value in run["files"].values()):
             raise ValueError("a file has no hash")
         return run

@@ -236,7 +236,8 @@ def _holds(folder: Path, files: dict[Path, str]) -> bool:
 
 def _unscored(artifact: Artifact) -> set[str]:
     """Images without features when they were refined: they may have been mended or taken away since."""
-    return set(artifact.run["settings"].get("unscored", ()))
+    found = artifact.run["settings"].get("unscored", ())
+    return {one for one in found if isinstance(one, str)} if isinstance(found, list) else set()
 
 
 def _without(artifact: Artifact, gone: set[str]) -> Artifact:
@@ -247,7 +248,7 @@ def _without(artifact: Artifact, gone: set[str]) -> Artifact:
 
 def _check_contents(artifact: Artifact, hashes: dict[str, str]) -> None:
     """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
-    known = artifact.run["inputs"].get("scored_images", "")
+    known = str(artifact.run["inputs"].get("scored_images", ""))
     if not re.fullmatch("[0-9a-f]{64}", known):
         return
     unscored = _unscored(artifact)
