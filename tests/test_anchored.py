@@ -60,6 +60,12 @@ def test_little_noise_does_not_grow(flips):
     assert one.wrong(result) <= one.noise + 0.003
 
 
+def test_a_few_wrong_labels_are_found_where_classes_overlap():
+    one, result = solved(noise=0.06, distance=2.5, count=2000)
+    assert one.wrong(result) < 0.9 * one.noise
+    assert result.diagnostics.gain > 0
+
+
 def test_a_second_view_is_heard_and_what_it_gets_wrong_is_seen_through():
     one, alone = solved(noise=0.4, distance=2.0)
     rng = np.random.default_rng(1)

@@ -8,6 +8,8 @@ from synth_refine import InputError
 from synth_refine.refine.decide import (
     Policy,
     bayes,
+    calibrated_probs,
+    count_changes,
     default_odds,
     fit_transition,
     honest_exponent,
@@ -117,6 +119,35 @@ def test_where_the_unsure_changes_would_do_harm_the_sure_ones_are_made_alone():
     assert sure[:3000].sum() > 700
     assert not sure[3000:].any()
     assert safe_odds(undecided, claimed, labels, 1.0, 1.0)[0] == torch.inf
+
+
+def test_where_noise_follows_the_image_as_many_labels_change_as_counting_bears_out():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(4, 0.15), 8000)
+    true = (probs.cumsum(axis=1) > rng.random((8000, 1))).argmax(axis=1)  # the heads are as often right as they say
+    first, second = probs.argsort(axis=1)[:, :-3:-1].T
+    unsure = (probs[np.arange(8000), second] > 0.02) & (rng.random(8000) < 0.4)
+    for flips in (unsure & (true == first), np.zeros(8000, dtype=bool)):
+        given, known = torch.from_numpy(np.where(flips, second, true)), torch.from_numpy(true)
+        table = torch.from_numpy(probs).float()
+        by_given = fit_transition(table, given, 30)
+        counted = count_changes(table, calibrated_probs(table, table, 1.0), by_given, given)
+        odds = counted.least_odds()
+        if not flips.any():
+            assert odds == torch.inf
+            continue
+        assert odds < 1
+        heard = table * by_given[given]
+        own = heard.gather(1, given[:, None])[:, 0]
+        best, winner = heard.scatter(1, given[:, None], 0).max(dim=1)
+        every, some = (torch.where(best > least * own, winner, given) for least in (odds, 1.0))
+        noise, left, shy = (float((one != known).float().mean()) for one in (given, every, some))
+        assert left < 0.85 * noise
+        assert left < shy - 0.01  # the posterior alone changes too few
+        gain, wrong = counted.of(int((every != given).sum()))
+        assert abs(gain - (noise - left)) < 0.02
+        changed = every != given
+        assert abs(wrong - float((every != known)[changed].float().mean())) < 0.1
 
 
 def test_heads_that_are_too_sure_are_softened_until_they_are_honest():

@@ -77,13 +77,16 @@ class _Reading:
         return start + (1 - start) * min(1.0, weight * self.directed * trusted)
 
 
-def estimate_noise(probs: Tensor, given: Tensor, refined: Tensor) -> Estimates:
+def estimate_noise(
+    probs: Tensor, given: Tensor, refined: Tensor, counted: tuple[float, float] | None = None
+) -> Estimates:
     """Fractions of wrong labels, with intervals that span the ways to combine the readings.
 
     Args:
         probs: p(true class | image) by heads that did not see it, without the given label, (N, C).
         given: Given labels, (N,) int64.
         refined: Refined labels, (N,) int64.
+        counted: What the changes do by counting: the drop of the noise rate, and the fraction of wrong changes.
     """
     if not len(given):
         return Estimates()
@@ -92,22 +95,28 @@ def estimate_noise(probs: Tensor, given: Tensor, refined: Tensor) -> Estimates:
     exponents = {"plain": 1.0, "half": likeliest**0.5, "full": likeliest}
     readings = {name: _read(tempered(probs, one), given, refined, changed) for name, one in exponents.items()}
 
-    def estimate(what: int, base: str, share: float) -> Estimate:
+    def estimate(what: int, base: str, share: float, other: float | None = None, weight: float = 0.0) -> Estimate:
         value = readings[base].mixed(what, share)
-        every = [
-            one.mixed(what, one.share(trend, weight))
+        every = [value] + [
+            one.mixed(what, one.share(trend, directed))
             for one in readings.values()
             for trend in (False, True)
-            for weight in (0.0, 0.5, 1.0)
+            for directed in (0.0, 0.5, 1.0)
         ]
-        return Estimate(value, max(0.0, min(*every, value) - WIDER), min(1.0, max(*every, value) + WIDER))
+        if other is not None:
+            other = max(0.0, other)
+            value = value + weight * (other - value)
+            every.append(other)
+        return Estimate(value, max(0.0, min(every) - WIDER), min(1.0, max(every) + WIDER))
 
     late = readings["half"].share(False, 1.0)
-    return Estimates(
-        estimate(0, "half", readings["half"].share(True, 0.5)),
-        estimate(1, "full", late),
-        estimate(2, "full", late) if bool(changed.any()) else NOT_ESTIMATED,
-    )
+    before = estimate(0, "half", readings["half"].share(True, 0.5))
+    if not bool(changed.any()):
+        return Estimates(before, estimate(1, "full", late))
+    gain, wrong = (None, None) if counted is None else counted
+    # What is left wrong is read off, and is what was wrong less what the changes gain: both err, and otherwise.
+    left = None if gain is None else before.value - gain
+    return Estimates(before, estimate(1, "full", late, left, 0.5), estimate(2, "full", late, wrong, 1.0))
 
 
 def _likelihood(probs: Tensor, given: Tensor) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,17 @@ from torch.nn import functional as F
 
 from synth_refine._io.check import Array
 from synth_refine.refine.checks import Story, check_row_order, compare_stories
-from synth_refine.refine.decide import Policy, default_odds, fit_transition, honest_exponent, propose, safe_odds
+from synth_refine.refine.decide import (
+    Policy,
+    calibrated_probs,
+    count_changes,
+    default_odds,
+    fit_transition,
+    honest_exponent,
+    propose,
+    safe_odds,
+    tempered,
+)
 from synth_refine.refine.em import EM
 from synth_refine.refine.estimates import Estimates, estimate_noise
 from synth_refine.refine.heads import HIDDEN, Fit, Nearest, fit_heads, fold_logits
@@ -136,14 +146,25 @@ def _decided(
         thresholds = torch.full((em.classes,), 0.0 if threshold is None else float(threshold))
     sample = _sample(em)
     with torch.no_grad():
-        probs, posterior = state.head_probs(sample), state.posterior(sample)
-    safe, gain = safe_odds(probs, posterior, sample.given, honest_exponent(held_out, labels), min_odds)
+        probs, joined, posterior = state.head_probs(sample), state.probs(sample), state.posterior(sample)
+        honesty = honest_exponent(held_out, labels)
+        safe, gain = safe_odds(probs, posterior, sample.given, honesty, min_odds)
+        counted = None
+        if not isinstance(state.heads[0][0], Nearest) and not em.has_view:  # how sure those are is a guess
+            calibrated = calibrated_probs(tempered(probs, honesty), joined, honesty / state.exponent)
+            counted = count_changes(joined, calibrated, state.by_given, sample.given)
+            if (odds := counted.least_odds()) < safe:  # either account will do
+                safe, min_odds = max(odds, 1.0), min(min_odds, max(odds, 1.0))
+                state = replace(state, trust=min(odds, 1.0))
+                posterior = state.posterior(sample)
     policy = Policy(
         min_odds, min_odds if force else safe, thresholds, Reason.WEAK_ENCODER if weak and not force else None
     )
     found = propose(posterior, sample.given, policy)
     refined = torch.where(found.reason == Reason.ACCEPTED, found.proposed, sample.given)
-    estimates = Estimates() if weak else estimate_noise(probs, sample.given, refined)
+    known = None if counted is None else counted.of(int((refined != sample.given).sum()))
+    gain = gain if known is None else known[0]
+    estimates = Estimates() if weak else estimate_noise(tempered(probs, honesty), sample.given, refined, known)
     warnings = [story.message] if story.message else []
     if weak:
         warnings.append(

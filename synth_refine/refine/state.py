@@ -34,6 +34,7 @@ class State:
         exponent: Of what heads and neighbours say together, at most 1; below 1 they are too sure.
         view_leads: Whether the second view is so much better than the given labels that these are judged without
             being an annotator themselves.
+        trust: Of a given label itself, times what its transition matrix says; see `count_changes`.
     """
 
     heads: list[list[nn.Module]]
@@ -44,6 +45,7 @@ class State:
     votes: float = 0.0
     exponent: float = 1.0
     view_leads: bool = False
+    trust: float = 1.0
 
     def head_probs(self, rows: Bucket) -> Tensor:
         """p(true class | image) by heads that did not see it, (n, C)."""
@@ -83,7 +85,10 @@ class State:
     def given_likelihood(self, given: Tensor) -> Tensor:
         """What the given labels say of each class, (n, C)."""
         likelihood = self.by_given[given]
-        return likelihood**LED_EXPONENT if self.view_leads else likelihood
+        likelihood = likelihood**LED_EXPONENT if self.view_leads else likelihood
+        if self.trust != 1:
+            likelihood[torch.arange(len(given), device=given.device), given] *= self.trust
+        return likelihood
 
 
 @dataclass(frozen=True)
