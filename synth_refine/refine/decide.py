@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine.refine.heads import as_probs, parts, sharpness
+from synth_refine.refine.heads import as_probs, fit_temperature, parts
 from synth_refine.refine.result import Reason
 
 NOISE_FLOOR = 0.03
@@ -184,19 +184,19 @@ def count_changes(probs: Tensor, calibrated: Tensor, by_given: Tensor, given: Te
     """
     count, classes = probs.shape
     own = given[:, None]
-    heard = probs * by_given[given]
-    best, winner = heard.scatter(1, own, 0).max(dim=1)
-    odds, order = (best / heard.gather(1, own)[:, 0].clamp_min(1e-30)).sort(descending=True, stable=True)
+    joint = probs * by_given[given]
+    best, winner = joint.scatter(1, own, 0).max(dim=1)
+    odds, order = (best / joint.gather(1, own)[:, 0].clamp_min(1e-30)).sort(descending=True, stable=True)
     odds = odds[odds > LEAST_ODDS]
     order = order[: len(odds)]
     step = max(1, math.ceil(count * classes**2 / COUNTED_ELEMENTS))
     some, chances = probs[::step], calibrated[::step]
     right = torch.zeros(len(odds) + 1, device=probs.device)  # expected, between one observed odds and the next
     for label in range(classes):  # as if it were the given one, everywhere
-        heard = some * by_given[label]
-        against = heard[:, label].clone().clamp_min_(1e-30)
-        heard[:, label] = 0
-        places = torch.searchsorted(-odds, -(heard.amax(dim=1) / against))
+        joint = some * by_given[label]
+        against = joint[:, label].clone().clamp_min_(1e-30)
+        joint[:, label] = 0
+        places = torch.searchsorted(-odds, -(joint.amax(dim=1) / against))
         right.index_add_(0, places, chances[:, label])
     right = right[:-1].double().cumsum(dim=0) * (count / len(some))
     changes = torch.arange(1, len(odds) + 1, device=probs.device)
@@ -220,7 +220,7 @@ def calibrated_probs(heads: Tensor, probs: Tensor, independent: float) -> Tensor
         probs: The same by all annotators but the given label, (n, C).
         independent: Exponent of `probs` if they erred independently.
     """
-    no_surer = sharpness(probs.clamp_min(1e-30).log(), float(heads.amax(dim=1).mean()))
+    no_surer = fit_temperature(probs.clamp_min(1e-30).log(), float(heads.amax(dim=1).mean()))
     return tempered(probs, no_surer ** (1 - INDEPENDENCE) * independent**INDEPENDENCE)
 
 
