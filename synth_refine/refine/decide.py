@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from synth_refine.refine.heads import as_probs, parts, sharpness
+from synth_refine.refine.heads import as_probs, fit_temperature, parts
 from synth_refine.refine.result import Reason
 
 NOISE_FLOOR = 0.03
@@ -220,7 +220,7 @@ def calibrated_probs(heads: Tensor, probs: Tensor, independent: float) -> Tensor
         probs: The same by all annotators but the given label, (n, C).
         independent: Exponent of `probs` if they erred independently.
     """
-    no_surer = sharpness(probs.clamp_min(1e-30).log(), float(heads.amax(dim=1).mean()))
+    no_surer = fit_temperature(probs.clamp_min(1e-30).log(), float(heads.amax(dim=1).mean()))
     return tempered(probs, no_surer ** (1 - INDEPENDENCE) * independent**INDEPENDENCE)
 
 
