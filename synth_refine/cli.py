@@ -25,7 +25,7 @@ FINE, BAD_INPUT = 0, 3
 
 FORMATS = (
     *("plc", "lra", "dividemix", "unicon", "cifar-n", "ssr", "npy", "json", "pt"),
-    *("kv", "imagefolder", "csv", "jsonl", "parquet", "cleanlab"),
+    *("kv", "imagefolder", "csv", "jsonl", "parquet", "kept", "cleanlab", "labelstudio"),
 )
 """Those of `synth_refine.labels.export.FORMATS`."""
 
@@ -187,9 +187,16 @@ def _parser() -> ArgumentParser:
     review.add_argument("artifact", help="folder of an artifact")
     review.add_argument(
         "decisions",
-        metavar="CSV",
+        metavar="FILE",
         help="what the page exported: decisions, and answers of its audit, which tell what is wrong before and after; "
         "what is not in it keeps its given label",
+    )
+    review.add_argument(
+        "--format",
+        choices=("csv", "labelstudio"),
+        default="csv",
+        help="labelstudio: the JSON that Label Studio exports of the tasks of `export --format labelstudio`; where "
+        "annotators disagree, nothing is decided (%(default)s)",
     )
     review.add_argument("--out", required=True, metavar="FOLDER", help="the new artifact")
 
@@ -228,6 +235,13 @@ def _parser() -> ArgumentParser:
         "--clean-label", metavar="FILE", help="cifar-n: the labels its loader compares with the data set"
     )
     export.add_argument("--entry", default="worse_label", help="cifar-n: the entry of the noise type (%(default)s)")
+    export.add_argument(
+        "--url-prefix",
+        default="/data/local-files/?d=",
+        metavar="TEXT",
+        help="labelstudio: what comes before the path of an image in its address, as http://host/photos/ or, for "
+        "local files, /data/local-files/?d=photos/ with the folder below its document root (%(default)s)",
+    )
 
     verify = command("verify", "check an artifact's hashes, and that labels are its refined ones")
     verify.add_argument("artifact", help="folder of an artifact")

@@ -216,7 +216,9 @@ def _scale(options: Namespace) -> int:
 
 def _review(options: Namespace) -> int:
     check_folder("out", options.out)
-    made = reviewed(read_artifact(options.artifact), options.decisions)
+    made = reviewed(read_artifact(options.artifact), options.decisions, format=options.format)
+    if disputed := made.run["reviewed"].get("disputed"):
+        _say(f"{disputed} images stay undecided: their annotators chose different classes")
     if (found := made.run.get("audit")) is not None:
         for name, text in (("before", "as given"), ("proposed", "with every proposal"), ("after", "after this review")):
             share = "not known: answer some of both kinds" if found[name] is None else _interval(*found[name])
@@ -306,6 +308,7 @@ def _export(options: Namespace) -> int:
         overwrite=options.overwrite,
         force=options.force,
         keep_removed=options.keep_removed,
+        url_prefix=options.url_prefix,
         dry_run=options.dry_run,
     )
     _say(done.note if done.backup is None else f"{done.note}; what was there is now {done.backup}")

@@ -161,7 +161,8 @@ def test_a_table_of_images_keeps_its_rows_and_lists_those_to_train_on(tmp_path: 
 def test_each_format_leaves_removed_images_out_or_says_so_or_refuses(tmp_path: Path, removed: Artifact) -> None:
     left = {}
     for name, rules in FORMATS.items():
-        path = tmp_path / f"{name}{'.csv' if 'csv' in rules.name else '.npy' if 'npy' in rules.name else '.x'}"
+        ending = next((one for one in (".csv", ".npy", ".json") if one in rules.name.replace("\\", "")), ".x")
+        path = tmp_path / f"{name}{ending}"
         if rules.removal == "refuse":
             with pytest.raises(InputError):
                 export(removed, name, path)
@@ -170,7 +171,9 @@ def test_each_format_leaves_removed_images_out_or_says_so_or_refuses(tmp_path: P
             export(removed, name, path)
         else:
             left[name] = export(removed, name, path).path.read_bytes()
-    assert set(left) == {"csv", "jsonl", "imagefolder", "kept", "cleanlab"}
+    assert set(left) == {"csv", "jsonl", "imagefolder", "kept", "cleanlab", "labelstudio"}
+    assert json.loads(left["labelstudio"])[0]["data"]["image_id"] == "cat/2.png"
+    assert b"cat/3.png" not in left["labelstudio"]
     for name in ("csv", "jsonl", "imagefolder"):
         assert [one.encode() in left[name] for one in IDS] == [True, True, False, True, True], name
     assert np.load(tmp_path / "kept.npy").tolist() == [0, 1, 3, 4]

@@ -95,6 +95,11 @@ class Artifact:
         return np.flatnonzero((self.action == "abstain") & (self.reason == NO_CLASS))
 
     @property
+    def waiting(self) -> NDArray[np.int64]:
+        """The rows that a person may decide on: changes, abstentions and proposed removals."""
+        return np.flatnonzero((self.action == "change") | (self.action == "abstain"))
+
+    @property
     def num_classes(self) -> int:
         """C, the number of classes."""
         return int(self.run["num_classes"])

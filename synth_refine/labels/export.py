@@ -25,6 +25,7 @@ from synth_refine.labels.artifact import Artifact
 from synth_refine.labels.files import as_labels
 from synth_refine.labels.formats import FORMATS as FORMATS
 from synth_refine.labels.formats import Rows
+from synth_refine.labels.labelstudio import LOCAL_FILES, interface
 from synth_refine.labels.refined import Refined, Wanted, check_related
 
 
@@ -42,7 +43,7 @@ class Exported:
 
     Attributes:
         path: The file.
-        count: Number of labels in it.
+        count: Number of rows in it.
         note: How the codebase is told to read it, and what else has to follow the labels.
         backup: Where the file is now that stood there before; None where there was none.
     """
@@ -65,6 +66,7 @@ def export(
     overwrite: bool = False,
     force: bool = False,
     keep_removed: bool = False,
+    url_prefix: str = LOCAL_FILES,
     dry_run: bool = False,
 ) -> Exported:
     """Write refined labels as the file that a codebase reads, whole or not at all.
@@ -86,6 +88,8 @@ def export(
         force: Take labels that agree with `fill` or `clean_label` no more often than by chance.
         keep_removed: Write labels of removed images too: a file with a place for every image cannot leave them out,
             and is refused otherwise. The format `kept` lists the rows to train on.
+        url_prefix: For `labelstudio`, what comes before the path of an image in its address: that of a web server, a
+            bucket, or of Label Studio's local files with the name of the folder below its document root.
         dry_run: Check everything and write nothing.
 
     Returns:
@@ -152,8 +156,11 @@ def export(
     if wanted.removed is not None and rules.removal == "leave out" and not keep_removed:
         left = np.flatnonzero(~wanted.removed)
         values, texts = values[left], [str(row) if texts is None else texts[row] for row in left.tolist()]
-    data = rules.write(Rows(values, texts, target, artifact, clean, key, wanted.classes))
-    note = rules.note.format(name=target.name, stem=target.stem, path=target, key=key)
+    made = Rows(values, texts, target, artifact, clean, key, wanted.classes, url_prefix)
+    data = rules.write(made)
+    shown = interface(made.class_names()) if "{interface}" in rules.note else ""
+    note = rules.note.format(name=target.name, stem=target.stem, path=target, key=key, interface=shown)
+    count = len(values) if artifact is None or rules.rows == "all" else len(getattr(artifact, rules.rows))
     backup = None
     if os.path.lexists(target) and not (target.is_file() and target.read_bytes() == data):
         if target.is_dir():
@@ -164,7 +171,7 @@ def export(
     if not dry_run:
         with write_atomic(target) as file:
             file.write(data)
-    return Exported(target, len(values), note, backup)
+    return Exported(target, count, note, backup)
 
 
 def _kept(target: Path) -> Path:

@@ -20,6 +20,7 @@ from synth_refine._io.csv import csv_bytes
 from synth_refine._io.error import WrongIds
 from synth_refine.labels.artifact import Artifact
 from synth_refine.labels.kept import kept_bytes
+from synth_refine.labels.labelstudio import LOCAL_FILES, task_bytes
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,21 @@ class Rows:
     clean_label: NDArray[np.int64] | None
     key: str
     classes: Sequence[str] | None = None
+    url_prefix: str = LOCAL_FILES
 
     def named(self) -> list[str]:
         return list(map(str, range(len(self.labels)))) if self.ids is None else self.ids
+
+    def known(self) -> Artifact:
+        """The artifact, where an array does not tell enough."""
+        if self.artifact is None:
+            raise InputError("labels: expected an artifact, which knows more than the refined labels, got an array")
+        return self.artifact
+
+    def class_names(self) -> Sequence[str]:
+        """The class names, (C,), or else the numbers of the classes."""
+        count = int(self.labels.max(initial=-1)) + 1 if self.artifact is None else self.artifact.num_classes
+        return list(map(str, range(count))) if self.classes is None else self.classes
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class Format:
         every_class: Whether it refuses labels in which a class does not occur.
         needs_ids: Whether the file is a table by path.
         removal: What becomes of removed images: the file is refused, leaves them out, or says which they are.
+        rows: Which rows of an artifact it holds.
     """
 
     write: Callable[[Rows], bytes]
@@ -62,6 +76,7 @@ class Format:
     every_class: bool = False
     needs_ids: bool = False
     removal: Literal["refuse", "leave out", "say so"] = "refuse"
+    rows: Literal["all", "kept", "waiting"] = "all"
 
 
 def _npy(rows: Rows) -> bytes:
@@ -152,17 +167,15 @@ def _parquet(rows: Rows) -> bytes:
 
 
 def _kept(rows: Rows) -> bytes:
-    if rows.artifact is None:
-        raise InputError("labels: expected an artifact, which alone knows what was removed, got an array")
-    return kept_bytes(rows.artifact.kept)
+    return kept_bytes(rows.known().kept)
+
+
+def _labelstudio(rows: Rows) -> bytes:
+    return task_bytes(rows.known(), rows.named(), rows.class_names(), rows.url_prefix)
 
 
 def _cleanlab(rows: Rows) -> bytes:
-    artifact = rows.artifact
-    if artifact is None:
-        raise InputError(
-            "labels: expected an artifact, since a table of issues holds the given labels too, got an array"
-        )
+    artifact = rows.known()
     changed = artifact.given != artifact.labels
     # What is known stands against the given label where another one is proposed, and for it where it is kept; of a kept
     # label the files of an artifact hold nothing, and its cell is empty. A removed image has no right label.
@@ -251,6 +264,7 @@ FORMATS: Mapping[str, Format] = {
         name=r".+\.npy",
         name_text="a .npy file",
         removal="say so",
+        rows="kept",
     ),
     "cleanlab": Format(
         _cleanlab,
@@ -258,6 +272,16 @@ FORMATS: Mapping[str, Format] = {
         name=r".+\.csv",
         name_text="a .csv file",
         removal="say so",
+    ),
+    "labelstudio": Format(
+        _labelstudio,
+        "import {name} into a project with the labeling interface {interface}, export that as JSON, and pass it to "
+        "`synth-refine review --format labelstudio`",
+        name=r".+\.json",
+        name_text="a .json file",
+        needs_ids=True,
+        removal="say so",
+        rows="waiting",
     ),
 }
 """The kinds of file that `export` writes, each with its rules."""

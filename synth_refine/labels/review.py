@@ -14,6 +14,7 @@ from synth_refine._io.check import InputError
 from synth_refine._io.csv import check_unique, read_csv
 from synth_refine.labels.artifact import NO_CLASS, Artifact, WrongBase, WrongIds, record
 from synth_refine.labels.audit import NO_LABEL, audit
+from synth_refine.labels.labelstudio import read_answers
 
 COLUMNS = ("id", "given", "decision", "label")
 """Of decisions.csv."""
@@ -22,7 +23,13 @@ AUDIT, AUDIT_NONE, AUDIT_UNCLEAR = "audit", "audit-none", "audit-unclear"
 """Decisions that are answers of the audit: the right class, none of the classes, and that nobody can tell."""
 
 
-def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Artifact:
+def reviewed(
+    artifact: Artifact,
+    decisions: str | os.PathLike[str],
+    classes: Sequence[str] | None = None,
+    *,
+    format: str = "csv",
+) -> Artifact:
     """The artifact that the decisions of people make of another one: it changes what they accepted or corrected
     and leaves out what they removed.
 
@@ -36,6 +43,9 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
             given one.
         classes: Class names, (C,), in the order of their labels; by default those that the artifact holds, or else the
             labels' numbers.
+        format: `csv`, or `labelstudio` for the JSON that Label Studio exports of the tasks of `export`. There the
+            chosen class says the decision: the proposed, the given or another one, or `NONE`. Where annotators chose
+            different classes, nothing is decided; run.json says of how many images, as `disputed` under `reviewed`.
 
     Returns:
         An artifact of the same given labels. Accepted changes are in it as they were, corrected ones with the label
@@ -48,15 +58,15 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
         WrongBase: A given or accepted label that is not the artifact's: the decisions are about another refinement.
         InputError: No such file, or another kind of file, or an unknown decision or class.
     """
-    table = read_csv("decisions", decisions)
-    if missing := [name for name in COLUMNS if name not in table]:
-        raise InputError(f"decisions: expected the columns {', '.join(COLUMNS)} in {decisions}, got no {missing[0]}")
+    if format not in FORMATS:
+        raise InputError(f"format: expected {' or '.join(FORMATS)}, got {format!r}")
+    entries, disputed = FORMATS[format](decisions)
     if classes is None:
         classes = artifact.classes or list(map(str, range(artifact.num_classes)))
     if len(classes) != artifact.num_classes:
         raise InputError(f"classes: expected {artifact.num_classes} names, got {len(classes)}")
     check_unique("classes", classes)
-    rows, asked = _parted(list(zip(*(table[column] for column in COLUMNS), strict=True)))
+    rows, asked = _parted(entries)
     for some in (rows, asked):
         check_unique(f"decisions: id in {decisions}", [one for one, *_ in some])
     row_of = {one: row for row, one in enumerate(artifact.names)}
@@ -108,12 +118,28 @@ def reviewed(artifact: Artifact, decisions: str | os.PathLike[str], classes: Seq
         settings=artifact.run.get("settings"),
     )
     about: dict[str, Any] = {"reviewed": {"artifact": artifact.hash, "decisions": file_hash(decisions)}}
+    about["reviewed"] |= {"disputed": disputed} if disputed else {}
     if asked:
         about["audit"] = audit(artifact, made, answers, unclear=len(asked) - len(answers))
     return replace(made, run={**made.run, **about})
 
 
-def _parted(rows: list[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def _read_table(path: str | os.PathLike[str]) -> tuple[list[tuple[str, str, str, str]], int]:
+    """The rows of decisions.csv, none of them disputed."""
+    table = read_csv("decisions", path)
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise InputError(f"decisions: expected the columns {', '.join(COLUMNS)} in {path}, got no {missing[0]}")
+    ids, given, decisions, labels = (table[column] for column in COLUMNS)
+    return list(zip(ids, given, decisions, labels, strict=True)), 0
+
+
+FORMATS = {"csv": _read_table, "labelstudio": read_answers}
+"""What decisions are read from."""
+
+
+def _parted(
+    rows: list[tuple[str, str, str, str]],
+) -> tuple[list[tuple[str, str, str, str]], list[tuple[str, str, str, str]]]:
     """Decisions, and answers of the audit."""
     answers = {AUDIT, AUDIT_NONE, AUDIT_UNCLEAR}
     return [row for row in rows if row[2] not in answers], [row for row in rows if row[2] in answers]

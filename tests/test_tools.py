@@ -1,0 +1,155 @@
+"""Label Studio, pandas, Datalab, FiftyOne: what people use already gets the decisions, and gives answers back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from synth_refine import InputError, cli, export
+from synth_refine.labels.artifact import NO_CLASS, Artifact, WrongBase, read_artifact, record, write_artifact
+from synth_refine.labels.labelstudio import NONE
+from synth_refine.labels.review import reviewed
+
+IDS = ["cat/1.png", "cat/2 ä&.png", "cat/3.png", "dog/1.png", "dog/2.png", "dog/3.png"]
+CLASSES = ["cat", "dog", "fox & hound"]
+GIVEN, REFINED = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 1, 0])
+REASONS = ["", "another", "another", NO_CLASS, "doubt", "another"]
+
+
+@pytest.fixture
+def refined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """One image is kept, three are changed, one seems to show no class, one is left to a person; on disk."""
+    monkeypatch.chdir(tmp_path)
+    artifact = record(
+        GIVEN,
+        REFINED,
+        num_classes=3,
+        ids=IDS,
+        abstained=np.array([False, False, False, True, True, False]),
+        confidence=np.array([0.9, 0.8, np.nan, 0.4, 0.3, 0.7]),
+        margin=np.full(6, 0.25),
+        reason=REASONS,
+        no_class=np.array([0.1, 0.1, 0.1, 0.75, 0.1, 0.1]),
+        settings={"classes": CLASSES},
+    )
+    write_artifact("refined", artifact)
+    return artifact
+
+
+def answered(tasks: list[Any], answers: list[list[str | None]]) -> list[Any]:
+    """The tasks as Label Studio exports them; None is a task that an annotator skipped."""
+    made = []
+    for number, (task, chosen) in enumerate(zip(tasks, answers, strict=True), 1):
+        annotations = []
+        for one in chosen:
+            choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [one]}}
+            result = [] if one is None else [{"id": "x", "origin": "manual", **choice}]
+            annotations.append({"id": number, "completed_by": 1, "result": result, "was_cancelled": one is None})
+        made.append({"id": number, "annotations": annotations, "predictions": [], "data": task["data"], "project": 1})
+    return made
+
+
+def tasks_of() -> list[Any]:
+    assert cli.main(["export", "refined", "--format", "labelstudio", "--out", "tasks.json"]) == 0
+    return json.loads(Path("tasks.json").read_text())
+
+
+def test_label_studio_gets_a_task_with_a_prediction_for_each_image_that_asks_for_a_person(
+    refined: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = tasks_of()
+    said = capsys.readouterr()
+    assert json.loads(said.out)["count"] == len(tasks) == 5
+    for part in ('name="label" toName="image"', '<Choice value="fox &amp; hound"/>', f'<Choice value="{NONE}"/>'):
+        assert part in said.err  # the interface that the predictions fit
+    assert [task["data"]["image_id"] for task in tasks] == IDS[1:]
+    assert tasks[0]["data"] == {
+        "image": "/data/local-files/?d=cat/2%20%C3%A4%26.png",
+        "image_id": IDS[1],
+        "given": "cat",
+        "proposed": "dog",
+        "reason": "another",
+    }
+    [prediction] = tasks[0]["predictions"]
+    assert prediction["score"] == 0.8
+    assert prediction["model_version"].startswith("synth-refine ")
+    assert prediction["result"] == [
+        {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": ["dog"]}}
+    ]
+    assert "score" not in tasks[1]["predictions"][0]  # which JSON could not say
+    assert tasks[2]["predictions"][0]["result"][0]["value"] == {"choices": [NONE]}
+    assert tasks[2]["predictions"][0]["score"] == 0.75
+    assert "predictions" not in tasks[3]  # no class is proposed where the refiner abstained
+    export(refined, "labelstudio", "bucket.json", url_prefix="s3://photos/")
+    assert json.loads(Path("bucket.json").read_text())[0]["data"]["image"] == f"s3://photos/{IDS[1]}"
+
+
+def test_what_people_chose_in_label_studio_becomes_a_review(
+    refined: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers: list[list[str | None]] = [["dog"], ["cat", None], [NONE], ["fox & hound"], ["cat", "dog"]]
+    Path("project.json").write_text(json.dumps(answered(tasks_of(), answers)))
+    call = ["review", "refined", "project.json", "--format", "labelstudio", "--out", "reviewed"]
+    assert cli.main(call) == 0
+    assert "1 images stay undecided: their annotators chose different classes" in capsys.readouterr().err
+    made = read_artifact("reviewed")
+    assert made.labels.tolist() == [0, 1, 0, 1, 2, 1]
+    assert made.action.tolist() == ["keep", "change", "keep", "remove", "change", "abstain"]
+    assert made.reason[4] == "corrected by hand"
+    assert made.run["reviewed"]["disputed"] == 1
+    assert [task["data"]["image_id"] for task in _again("reviewed")] == ["cat/2 ä&.png", "dog/2.png", "dog/3.png"]
+    Path("decisions.csv").write_text(
+        "id,given,decision,label\ncat/2 ä&.png,cat,accept,dog\ncat/3.png,cat,reject,cat\ndog/1.png,dog,remove,dog\n"
+        "dog/2.png,dog,correct,fox & hound\n"
+    )
+    by_page = reviewed(refined, "decisions.csv")  # the same decisions, taken on our own page
+    for name in ("labels", "action", "reason"):
+        assert getattr(by_page, name).tolist() == getattr(made, name).tolist()
+
+
+def _again(folder: str) -> list[Any]:
+    assert cli.main(["export", folder, "--format", "labelstudio", "--out", "again.json"]) == 0
+    return json.loads(Path("again.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tasks: tasks[0]["data"].pop("image_id"), "no fitting entry: 'image_id'"),
+        (lambda tasks: tasks[0].pop("annotations"), "no fitting entry: 'annotations'"),  # JSON-MIN, or the tasks
+        (lambda tasks: tasks[0].update(annotations=[3]), "expected dict, got int"),
+        (lambda tasks: tasks[0]["annotations"][0]["result"][0]["value"].update(choices=["a", "b"]), "expected one"),
+        (lambda tasks: tasks[0]["annotations"][0]["result"][0]["value"].update(choices=[[]]), "expected str, got list"),
+        (lambda tasks: tasks[0]["annotations"][0]["result"][0]["value"].update(choices=["cow"]), "got 'cow'"),
+        (lambda tasks: tasks.append(tasks[0]), "expected every id once"),
+        (lambda tasks: tasks[0]["data"].update(image_id="cat/9.png"), "expected ids of the artifact"),
+    ],
+)
+def test_an_export_that_does_not_fit_is_refused_in_one_line(
+    refined: Artifact, change: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = answered(tasks_of(), [["dog"], ["dog"], [NONE], ["dog"], ["cat"]])
+    change(tasks)
+    Path("project.json").write_text(json.dumps(tasks))
+    capsys.readouterr()
+    assert cli.main(["review", "refined", "project.json", "--format", "labelstudio", "--out", "reviewed"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("synth-refine: decisions: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("reviewed").exists()
+
+
+def test_answers_about_another_refinement_are_refused(refined: Artifact) -> None:
+    tasks = answered(tasks_of(), [["dog"], ["dog"], [NONE], ["dog"], ["cat"]])
+    tasks[0]["data"]["proposed"] = "fox & hound"
+    tasks[0]["annotations"][0]["result"][0]["value"]["choices"] = ["fox & hound"]
+    Path("project.json").write_text(json.dumps(tasks))
+    with pytest.raises(WrongBase, match="they are about another refinement"):
+        reviewed(refined, "project.json", format="labelstudio")
+    with pytest.raises(InputError, match="format: expected csv or labelstudio, got 'xml'"):
+        reviewed(refined, "project.json", format="xml")
