@@ -8,6 +8,7 @@ and features from there and computes the rest again, with the same seed to the s
     synthetic.csv  the same of the synthetic images         report/    the page to review
     bad.csv        images that could not be decoded         synthetic/ generated images, where none were given
     summary.json   the result in numbers                    evidence.json  what the page shows besides
+    duplicates.csv copies among the images, and of them in the test and synthetic images
     with-*/        the same of further refinements, by the settings in which they differ
 
 Letters in shapes: N real images, M synthetic images, D features, C classes.
@@ -20,7 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -37,7 +38,8 @@ from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
 from synth_refine._io.store import Store, check_settings, differing, open_store
 from synth_refine._io.untrusted import read_npy
-from synth_refine.images.embed import embed_folder, embed_images
+from synth_refine.images.duplicates import Duplicates, check_not_given, find_duplicates
+from synth_refine.images.embed import Embedded, embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.listing import Images, read_classes, warn_of_prompts
@@ -51,28 +53,13 @@ from synth_refine.review import evidence as page
 from synth_refine.review.charts import Review
 from synth_refine.review.report import write_report
 from synth_refine.settings import REFINING, RESUMABLE, Settings, resolved
-from synth_refine.summary import Summary, read_back, summarized
+from synth_refine.summary import Summary, copies_lines, read_back, summarized
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
 NOTES = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")  # on the page
 SET = ("per_class", "templates", "seed")  # what makes up a set of synthetic images
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Images with their features."""
-
-    images: Images
-    features: NDArray[np.float32]  # (N, D), NaN where an image could not be decoded
-    hashes: list[str]  # the SHA-256 of every file
-    bad: dict[int, str] = field(default_factory=dict)  # why it could not, by row
-
-    @property
-    def usable(self) -> NDArray[np.int64]:
-        """The rows that have features."""
-        return np.setdiff1d(np.arange(len(self.features)), list(self.bad))
 
 
 def run(
@@ -95,6 +82,7 @@ def run(
     used, about = resolved(settings.used("run")), about_run(settings, images, encoder)
     generator = generator_of(settings) if settings.synthetic is None else None
     synthetic = None if settings.synthetic is None else open_synthetic(settings.synthetic, images.classes)
+    test = None if settings.test is None else opened_as("test", settings.test, images.classes, **settings.columns)
     if dry_run:
         check_settings(Path(settings.out), about, RESUMABLE, "out")
         if generator is not None:
@@ -107,14 +95,20 @@ def run(
             generate_images(out / "synthetic", classes or images.classes, generator, **chosen(settings, *SET))
             synthetic = open_synthetic(str(out / "synthetic"), images.classes)
         assert synthetic is not None  # given, or generated just now
-        real = embedded(store, "images", images, encoder, settings)
-        reference = embedded(store, "synthetic", synthetic, encoder, settings)
-        keep(store, "bad.csv", bad_table(images=real, synthetic=reference))
+        sets = {"images": images, "synthetic": synthetic} | ({} if test is None else {"test": test})
+        known = {name: hashed(store, name, one, settings) for name, one in sets.items()}
+        check_not_given(known["images"], known["synthetic"])
+        splits = {name: embedded(store, name, one, known[name], encoder, settings) for name, one in sets.items()}
+        real, reference = splits["images"], splits["synthetic"]
+        keep(store, "bad.csv", bad_table(**splits))
+        duplicates = find_duplicates(splits)
+        keep(store, "duplicates.csv", duplicates.table())
         hashes = {one: store.entries[f"{one}.csv"]["sha256"] for one in ("images", "synthetic")}
         result, artifact = refined(real, reference, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
         summary = summarized(out, artifact, result, len(real.bad), len(reference.usable))
-        evidence = evidence_of(artifact, result, real, reference, summary)
+        summary = replace(summary, copies=duplicates.counts(sets))
+        evidence = evidence_of(artifact, result, real, reference, summary, duplicates)
         page.write_evidence(out / "evidence.json", evidence)
         store.note("evidence.json", file_hash(out / "evidence.json"))
         draw_page(out, artifact, evidence, images, synthetic)
@@ -199,20 +193,32 @@ def opened(settings: Settings, say: Callable[[str], object]) -> tuple[Mapping[st
 
 
 def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
-    """`open_images` for synthetic images, at least one of every class; errors name them as such."""
-    try:
-        synthetic = open_images(source, classes)
-    except InputError as error:
-        raise InputError(f"synthetic: {str(error).removeprefix('images: ')}") from error
+    """`open_images` for synthetic images, at least one of every class."""
+    synthetic = opened_as("synthetic", source, classes)
     if lacking := sorted(set(range(len(classes))) - set(synthetic.labels.tolist())):
         raise InputError(f"synthetic: expected an image of every class, got none of {classes[lacking[0]]}")
     return synthetic
 
 
-def embedded(store: Store, name: str, images: Images, encoder: Encoder, settings: Settings) -> Embedded:
-    """Hash and embed images; the hashes and the features are kept in the store, the hashes as NAME.csv."""
+def opened_as(name: str, source: str, classes: tuple[str, ...], **columns: str) -> Images:
+    """`open_images`, whose errors begin with the name of the argument."""
+    try:
+        return open_images(source, classes, **columns)
+    except InputError as error:
+        raise InputError(f"{name}: {str(error).removeprefix('images: ')}") from error
+
+
+def hashed(store: Store, name: str, images: Images, settings: Settings) -> list[str]:
+    """The hashes of images, which are kept in the store as NAME.csv; test images may be others when a run resumes."""
     hashes = content_hashes(images, engine=settings.engine, address=settings.address)
-    keep_input(store, f"{name}.csv", images, hashes)
+    (keep if name == "test" else keep_input)(store, f"{name}.csv", input_table(images, hashes))
+    return hashes
+
+
+def embedded(
+    store: Store, name: str, images: Images, hashes: list[str], encoder: Encoder, settings: Settings
+) -> Embedded:
+    """Embed images; the features are kept in the store."""
     options = work_of(settings) | {"hashes": hashes, "progress": f"embedding {name}"}
     features, bad = embed_images(encoder, images, settings.cache or store.root / "features", **options)
     return Embedded(images, features, hashes, bad)
@@ -228,9 +234,13 @@ def work_of(settings: Settings) -> dict[str, Any]:
     }
 
 
-def keep_input(store: Store, name: str, images: Images, hashes: list[str]) -> None:
+def input_table(images: Images, hashes: list[str]) -> bytes:
+    """Images, their classes and hashes as a .csv file."""
+    return image_table(images.ids, [images.classes[label] for label in images.labels], hashes)
+
+
+def keep_input(store: Store, name: str, data: bytes) -> None:
     """Write down which images a run began with, or refuse others: what was applied could not be reverted."""
-    data = image_table(images.ids, [images.classes[label] for label in images.labels], hashes)
     before = store.entries.get(name)
     if before is not None and before["sha256"] != sha256(data).hexdigest():
         raise InputError(
@@ -308,13 +318,19 @@ def options_of(settings: Settings) -> dict[str, Any]:
 
 
 def evidence_of(
-    artifact: Artifact, result: Refinement, real: Embedded, synthetic: Embedded, summary: Summary
+    artifact: Artifact,
+    result: Refinement,
+    real: Embedded,
+    synthetic: Embedded,
+    summary: Summary,
+    duplicates: Duplicates,
 ) -> page.Evidence:
     """What the page shows beside the artifact; synthetic images that could not be decoded are left out of it."""
     usable, known = synthetic.usable, result.diagnostics
     reference: NDArray[Any] = synthetic.features[usable]
     intended: NDArray[Any] = synthetic.images.labels[usable]
-    shown = page.shown_rows(artifact, result.proposed, getattr(known, "posteriors", None))
+    copies = {one.row: one.group for one in duplicates.copies if one.split == "images"}
+    shown = page.shown_rows(artifact, result.proposed, getattr(known, "posteriors", None), copies)
     limits = np.asarray(known.thresholds, dtype=np.float64).ravel()
     return page.Evidence(
         **shown,
@@ -325,7 +341,10 @@ def evidence_of(
         sweep=[page.taken_from(page.SweepRow, row) for row in getattr(known, "sweep", ())],
         quality=page.taken_from(page.Quality, prototype_quality(reference, intended, len(real.images.classes))),
         notes={name: text for name, text in summary.lines().items() if name in NOTES},
-        findings=page.unreadable(*((one.images.ids, one.bad) for one in (real, synthetic))),
+        findings=[
+            *page.unreadable(*((one.images.ids, one.bad) for one in (real, synthetic))),
+            *page.duplicated(copies_lines(summary.copies), duplicates.rows()),
+        ],
     )
 
 

@@ -96,6 +96,9 @@ class Settings:
     synthetic: str | None = _setting(
         None, "synthetic images, like IMAGES; generated where not given", RUN, metavar="SOURCE"
     )
+    test: str | None = _setting(
+        None, "test images, like IMAGES, which are searched for copies of them", RUN, metavar="SOURCE", resumable=True
+    )
     synthetic_features: str | None = _setting(
         None, "features of the synthetic images, (M, D) floats", SYNTHETIC, metavar="NPY", flag="--synthetic"
     )
@@ -351,6 +354,7 @@ def resolved(entries: Mapping[str, Any]) -> dict[str, Any]:
         "images",
         "classes",
         "synthetic",
+        "test",
         "encoder",
         "weights",
         "logits",

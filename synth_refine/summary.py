@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Summary:
     noise_before: Estimate | None = None  # share of the given labels that are wrong
     noise_after: Estimate | None = None  # share of the refined labels
     wrong_changes: Estimate | None = None  # share of the changes
+    copies: Mapping[str, int] = field(default_factory=dict)  # groups, conflicting ones, images that other sources share
 
     def lines(self) -> dict[str, str]:
         """All of it as text for people."""
@@ -65,7 +66,8 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synt
 
 def read_back(known: Mapping[str, Any]) -> Summary:
     """The summary of a finished run from what its summary.json holds."""
-    estimates = {name: Estimate(**one) if isinstance(one, dict) else one for name, one in known.items()}
+    names = ("noise_before", "noise_after", "wrong_changes")
+    estimates = {name: Estimate(**one) if one and name in names else one for name, one in known.items()}
     return Summary(**estimates | {"warnings": tuple(known["warnings"])})
 
 
@@ -77,12 +79,26 @@ def estimates_of(known: object) -> dict[str, Estimate | None]:
     return {names[name]: one if np.isfinite(one.value) else None for name, one in found.items()}
 
 
+def copies_lines(copies: Mapping[str, int]) -> list[str]:
+    """What a run says of copies, with the most urgent first; nothing where there are none."""
+    lines = []
+    if test := copies.get("test"):
+        lines.append(f"leakage: {test:,} test images are copies of given images")
+    if synthetic := copies.get("synthetic"):
+        lines.append(f"{synthetic:,} synthetic images are copies of given images, whose labels may be wrong")
+    if groups := copies.get("groups"):
+        lines.append(f"{groups:,} groups of copies, {copies['conflicting']:,} of them with different labels")
+    return lines
+
+
 def findings(summary: Summary, artifact: Artifact) -> list[str]:
     """What a run found and what to look at first, in at most 20 lines, for any number of classes."""
     names = artifact.classes or list(map(str, range(artifact.num_classes)))
     lines = [f"{summary.count:,} images of {len(names)} classes, {summary.synthetic:,} synthetic images"]
     if summary.bad:
         lines.append(f"{summary.bad:,} images could not be decoded and keep their label: see bad.csv")
+    if copies := copies_lines(summary.copies):
+        lines.append(f"{'; '.join(copies)}: see duplicates.csv")
     if summary.synthetic_accuracy is not None:
         lines.append(f"{summary.synthetic_accuracy:.0%} of the held-out synthetic images are classified correctly")
     if summary.noise_before and summary.noise_after:

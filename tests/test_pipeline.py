@@ -64,6 +64,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = root / "photos" / CLASSES[given]
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{number:03d}-{true}.png")
+        if number < 30:
+            (root / "drawn" / CLASSES[true]).mkdir(parents=True, exist_ok=True)
+            image.rotate(90).save(root / "drawn" / CLASSES[true] / f"{number}.png")
     (root / "classes.yaml").write_text("- A\n- O\n- X\n")
     return root / "photos"
 
@@ -321,7 +324,7 @@ def test_changed_images_or_classes_are_refused(
 ) -> None:
     """What was applied could not be reverted once the artifact is replaced."""
     monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
-    run_it = ["run", "photos", "--classes", "classes.yaml", "--synthetic", "photos", "--out", "out"]
+    run_it = ["run", "photos", "--classes", "classes.yaml", "--synthetic", "drawn", "--out", "out"]
     run_it += ["--refiner", "paper", "--workers", "0"]
     embed_it = ["embed", "photos", "--classes", "classes.yaml", "--out", "embedded", "--workers", "0"]
     assert cli.main(run_it) == cli.main(embed_it) == 0
@@ -572,7 +575,7 @@ def test_a_dry_run_names_the_engine_and_another_one_may_go_on(
 ) -> None:
     monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
     monkeypatch.setattr(on_ray, "find_spec", lambda _: True)
-    arguments = ["run", "photos", "--classes", "classes.yaml", "--synthetic", "photos", "--out", "result"]
+    arguments = ["run", "photos", "--classes", "classes.yaml", "--synthetic", "drawn", "--out", "result"]
     arguments += ["--refiner", "paper"]
     on_cluster = [*arguments, "--engine", "ray", "--address", "head:6379"]
     assert cli.main([*on_cluster, "--dry-run", "--json"]) == 0

@@ -30,6 +30,7 @@ from synth_refine.review.evidence import (
     Evidence,
     Quality,
     SweepRow,
+    duplicated,
     nearest_synthetic,
     read_evidence,
     shown_rows,
@@ -201,6 +202,21 @@ def pick(tab: Any, name: str) -> None:
 
 
 # ---- the page ----
+
+
+def test_copies_are_shown_group_by_group_and_removed(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    review = review_of()
+    groups = np.zeros(len(review.evidence.rows), dtype=np.int64)
+    groups[[0, 5, 3, 4]] = 2, 2, 1, 1
+    finding = duplicated(["two groups of copies"], [("1", "a.png", "images", "cat", "near", "0.99")])
+    tab = visit(write_report(showing(review, copies=groups, findings=finding), tmp_path))
+    tab.get_by_text("Show them among the images").click()
+    ids = [review.artifact.names[row] for row in review.evidence.rows[[3, 4, 0, 5]].tolist()]
+    assert sorted(names(tab)[:2]) == sorted(ids[:2])
+    assert sorted(names(tab)[2:]) == sorted(ids[2:])
+    first = names(tab)[0]
+    tab.keyboard.press("d")
+    assert [(one["id"], one["decision"]) for one in export(tab, tmp_path / "decisions.csv")] == [(first, "remove")]
 
 
 def test_the_page_shows_numbers_charts_and_pictures(small: Path, visit: Callable[..., Any]) -> None:

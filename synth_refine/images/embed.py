@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -40,6 +41,21 @@ from synth_refine.images.readers import part_of
 FEATURES = "features.npy"
 KEEP_SECONDS = 10.0  # after which finished batches are kept: a kill costs these and one batch
 CPU_ROWS, GPU_ROWS = 16, 64  # images per batch: a large network takes half a minute for 16 on two cores
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Images with their features."""
+
+    images: Images
+    features: NDArray[np.float32]  # (N, D), NaN where an image could not be decoded
+    hashes: list[str]  # the SHA-256 of every file
+    bad: dict[int, str] = field(default_factory=dict)  # why it could not, by row
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        """The rows that have features."""
+        return np.setdiff1d(np.arange(len(self.features)), list(self.bad))
 
 
 def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, batch_rows: int = 256) -> Tensor:

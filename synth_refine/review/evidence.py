@@ -65,12 +65,14 @@ class Finding:
         text: What it means and what to do, in a sentence or two.
         columns: Headings of the columns, K.
         rows: Lines of texts, K each; may be empty.
+        shows: What its button shows among the images, a value of the page's filter; none without a button.
     """
 
     title: str
     text: str
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    shows: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Evidence:
             known of none.
         odds: By how much that class is more probable than the given one, (R,), NaN where it is not known.
         findings: Tables to show besides.
+        copies: Number of the group of copies that an image belongs to, (R,), 0 where it has none; None where nobody
+            looked.
     """
 
     rows: NDArray[np.int64]
@@ -104,6 +108,7 @@ class Evidence:
     probable: NDArray[np.int64] | None = None
     odds: NDArray[np.float64] | None = None
     findings: Sequence[Finding] = ()
+    copies: NDArray[np.int64] | None = None
 
 
 def taken_from(kind: type[T], source: object) -> T:
@@ -151,13 +156,34 @@ def unreadable(*sets: tuple[Sequence[str], Mapping[int, str]]) -> list[Finding]:
     return [Finding("Images that could not be read", text, ("image", "why"), rows)] if rows else []
 
 
+def duplicated(lines: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Finding]:
+    """A finding about copies, where there are some: what they mean, and group, id, source, label, kind, similarity."""
+    text = f"{'; '.join(lines)}. Keep one of each group and remove the others (D); the list is in duplicates.csv."
+    columns = ("group", "image", "lies in", "label", "copy", "similarity")
+    return [Finding("Duplicates", text[:1].upper() + text[1:], columns, rows, shows="copies")] if rows else []
+
+
 def shown_rows(
-    artifact: Artifact, proposed: Array, posteriors: Callable[[], Iterable[tuple[Array, Array]]] | None = None
+    artifact: Artifact,
+    proposed: Array,
+    posteriors: Callable[[], Iterable[tuple[Array, Array]]] | None = None,
+    copies: Mapping[int, int] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """The `rows`, `probable` and `odds` of an `Evidence`, by name; arguments as of `second_thoughts`."""
+    """The `rows`, `probable`, `odds` and `copies` of an `Evidence`, by name.
+
+    Args:
+        artifact: What was decided.
+        proposed: As `second_thoughts` takes it.
+        posteriors: Likewise.
+        copies: The group of copies of some rows, which are shown too.
+    """
+    copies = copies or {}
     probable, odds = second_thoughts(artifact.given, proposed, posteriors)
     rows = page_rows(artifact, probable, odds)
-    return {"rows": rows, "probable": probable[rows], "odds": odds[rows]}
+    more = np.setdiff1d(list(copies)[:MOST_KEPT], rows)[: MOST_ROWS - len(rows)].astype(np.int64)
+    rows = np.concatenate([rows, more])
+    groups = np.array([copies.get(row, 0) for row in rows.tolist()], dtype=np.int64)
+    return {"rows": rows, "probable": probable[rows], "odds": odds[rows], "copies": groups}
 
 
 def page_rows(artifact: Artifact, probable: NDArray[np.int64], odds: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -268,7 +294,7 @@ def read_evidence(path: str | os.PathLike[str]) -> Evidence:
                 quality[name] = np.array(quality[name], dtype=bool if name in ("keep", "off_class") else np.int64)
             quality["confused"] = [(int(one), int(other), float(share)) for one, other, share in quality["confused"]]
             content["quality"] = Quality(**quality)
-        for name, kind in (("probable", np.int64), ("odds", np.float64)):
+        for name, kind in (("probable", np.int64), ("odds", np.float64), ("copies", np.int64)):
             if content.get(name) is not None:
                 content[name] = np.array(content[name], dtype=kind)
         content["findings"] = [Finding(**one) for one in content.get("findings", ())]

@@ -121,6 +121,7 @@ def write_report(
         notes=review.evidence.notes,
         shown=shown,
         kept=len(data["row"]) - shown,
+        copied=any(data["copy"]),
         asked=len(data["audit"]),
         images=len(artifact.labels),
         counts=counts,
@@ -152,7 +153,7 @@ def _check(review: Review, audit: int) -> None:
     check_labels("synthetic_labels", evidence.synthetic_labels, artifact.num_classes)
     check_labels("rows", evidence.rows, len(artifact.labels))
     check_array("nearest", evidence.nearest, (len(evidence.rows), "K"))
-    for name in ("probable", "odds"):
+    for name in ("probable", "odds", "copies"):
         if (values := getattr(evidence, name)) is not None:
             check_array(name, values, (len(evidence.rows),))
     ranges = [("nearest", evidence.nearest, len(evidence.synthetic_labels) - 1)]
@@ -254,6 +255,7 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
         "given": artifact.given[rows].tolist(),
         "proposed": proposed.tolist(),
         "kind": kind.tolist(),
+        "copy": [0] * len(rows) if evidence.copies is None else evidence.copies[order].tolist(),
         "confidence": [_number(value) for value in np.where(kind == KEPT, np.nan, artifact.confidence[rows]).tolist()],
         "odds": [float(f"{value:.4g}") if np.isfinite(value) else None for value in odds.tolist()],
         "reasons": list(reasons),

@@ -13,6 +13,7 @@ const ORDERS = {
   gain: (a, b) => known(data.odds[b]) - known(data.odds[a]) || a - b,
   pair: (a, b) => data.given[a] - data.given[b] || data.proposed[a] - data.proposed[b] || a - b,
   row: (a, b) => data.row[a] - data.row[b],
+  copy: (a, b) => data.copy[a] - data.copy[b] || data.row[a] - data.row[b],
 };
 const FILTERS = ["kind", "old", "new", "reason", "state", "low", "high", "text", "sort"];
 
@@ -25,7 +26,7 @@ function filter() {
   const differs = (value, id) => wanted[id] !== "" && value !== Number(wanted[id]);
   found = [];
   for (let index = 0; index < count; index++) {
-    if (wanted.kind === "" ? data.kind[index] === KEPT : differs(data.kind[index], "kind")) continue;
+    if (wanted.kind === "copies" ? !data.copy[index] : wanted.kind === "" ? data.kind[index] === KEPT : differs(data.kind[index], "kind")) continue;
     if (differs(data.given[index], "old") || differs(data.proposed[index], "new") || differs(data.reason[index], "reason")) continue;
     if (wanted.state !== "" && stateOf(index) !== wanted.state) continue;
     const sure = data.confidence[index];
@@ -85,6 +86,13 @@ function labels(index) {
 
 const odds = (value) => (value >= 1000 ? "over 1,000" : value >= 10 ? value.toFixed(0) : value.toPrecision(2));
 
+// Why an image is shown.
+function why(index) {
+  const copy = data.copy[index] ? `copies, group ${number(data.copy[index])}` : "";
+  if (data.kind[index] !== KEPT) return [data.reasons[data.reason[index]], copy].filter(Boolean).join("; ");
+  return copy || "kept, but suspicious";
+}
+
 function card(index) {
   const sure = data.confidence[index];
   const facts = data.kind[index] === KEPT ? [] : [sure === null ? "confidence unknown" : `confidence ${sure.toFixed(2)}`];
@@ -106,7 +114,7 @@ function card(index) {
       make("p", { class: "labels" }, ...labels(index)),
       make("p", { class: "verdict" }),
       make("div", { class: "sure" }, ...(sure === null ? [] : [gauge]), facts.join(", ")),
-      make("p", { class: "why" }, data.kind[index] === KEPT ? "kept, but suspicious" : data.reasons[data.reason[index]]),
+      make("p", { class: "why" }, why(index)),
       make("p", { class: "name", title: data.id[index] }, make("bdi", {}, data.id[index])),
     ),
     ...(near.length ? [make("div", { class: "foot" }, make("p", { class: "caption", "aria-hidden": "true" }, "nearest synthetic images"), make("ul", { class: "near", "aria-label": "nearest synthetic images" }, ...near))] : []),

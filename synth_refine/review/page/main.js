@@ -44,7 +44,7 @@ for (const element of document.querySelectorAll("[data-old]")) {
   element.addEventListener("click", () => show({ kind: String(CHANGE), old: element.dataset.old, new: element.dataset.new }));
 }
 for (const element of document.querySelectorAll("[data-class]")) {
-  element.addEventListener("click", () => show({ kind: element.dataset.kind, old: element.dataset.class, ...(element.dataset.kind === String(KEPT) && { sort: "gain" }) }));
+  element.addEventListener("click", () => show({ kind: element.dataset.kind, old: element.dataset.class, ...({ [KEPT]: { sort: "gain" }, copies: { sort: "copy" } })[element.dataset.kind] }));
 }
 for (const element of document.querySelectorAll('a[href="#review"]')) {
   element.addEventListener("click", (event) => {
