@@ -104,7 +104,7 @@ def test_every_format_is_read_back_equal(tmp_path: Path, format: str) -> None:
     read, names = read_back(format, path)
     assert read == labels.tolist()
     assert names in (None, ids)
-    if format != "cleanlab":
+    if format not in ("cleanlab", "parquet"):  # which hold more of an artifact
         content = path.read_bytes()
         path.unlink()
         export(torch.from_numpy(labels), format, path, ids=ids, **options)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synth_refine import InputError, cli, export
+from synth_refine import InputError, cli, export, refine_labels
 from synth_refine.labels.artifact import NO_CLASS, Artifact, WrongBase, read_artifact, record, write_artifact
 from synth_refine.labels.labelstudio import NONE
 from synth_refine.labels.review import reviewed
@@ -153,3 +153,47 @@ def test_answers_about_another_refinement_are_refused(refined: Artifact) -> None
         reviewed(refined, "project.json", format="labelstudio")
     with pytest.raises(InputError, match="format: expected csv or labelstudio, got 'xml'"):
         reviewed(refined, "project.json", format="xml")
+
+
+def test_pandas_gets_a_row_per_image_with_all_that_is_known(refined: Artifact) -> None:
+    pytest.importorskip("pandas")
+    table = refined.to_pandas()
+    names = ["id", "given", "refined", "action", "confidence", "margin", "reason", "no_class"]
+    assert list(table) == [*names, "given_class", "refined_class"]
+    assert table["id"].tolist() == IDS
+    assert table["given"].tolist() == GIVEN.tolist()
+    assert table["action"].tolist() == ["keep", "change", "change", "abstain", "abstain", "change"]
+    assert table["refined_class"].tolist() == [CLASSES[label] for label in REFINED]
+    assert table.loc[table["reason"] == NO_CLASS, "no_class"].tolist() == [0.75]
+    assert table["confidence"].isna().tolist() == [False, False, True, False, False, False]
+    assert read_artifact("refined").to_pandas()["refined"].tolist() == REFINED.tolist()
+
+
+def test_pandas_gets_the_proposal_of_a_result_whether_accepted_or_not() -> None:
+    pytest.importorskip("pandas")
+    features = np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.7], [np.nan, 0.0]])
+    result = refine_labels(features, None, np.eye(2), 0.9)
+    given = np.array([1, 1, 1, 0])
+    table = result.to_pandas(given, ids=list("abcd"), classes=["cat", "dog"])
+    assert table["refined"].tolist() == result.apply(given).tolist() == [0, 1, 1, 0]
+    assert table["proposed"].tolist() == [0, 1, 0, -1]
+    assert table["proposed_class"].tolist()[:3] == ["cat", "dog", "cat"]
+    assert table["proposed_class"].isna().tolist() == [False, False, False, True]
+    with pytest.raises(InputError, match="given: expected the labels to refine"):
+        result.to_pandas()
+    with pytest.raises(InputError, match="classes: expected 2 names, got 1"):
+        result.to_pandas(given, classes=["cat"])
+
+
+def test_parquet_holds_all_that_pandas_does_of_the_images_to_train_on(refined: Artifact) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    Path("decisions.csv").write_text("id,given,decision,label\ndog/1.png,dog,remove,dog\n")
+    assert cli.main(["review", "refined", "decisions.csv", "--out", "reviewed"]) == 0
+    for folder, kept in (("refined", [0, 1, 2, 3, 4, 5]), ("reviewed", [0, 1, 2, 4, 5])):
+        assert cli.main(["export", folder, "--format", "parquet", "--out", f"{folder}.parquet"]) == 0
+        found = parquet.read_table(f"{folder}.parquet").to_pydict()
+        known = read_artifact(folder).columns()
+        known = {"label": known.pop("refined"), "class": known.pop("refined_class"), **known}
+        assert set(found) == set(known)
+        for name, values in known.items():
+            assert str(found[name]) == str([values[row] for row in kept]), name

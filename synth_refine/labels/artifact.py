@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,9 @@ from synth_refine._io.untrusted import read_npy
 from synth_refine.labels.files import as_labels, labels_hash
 from synth_refine.labels.run import NAMES, check_free, find_file, read_run, run_of, write_files
 from synth_refine.labels.run import Damaged as Damaged
+
+if TYPE_CHECKING:
+    import pandas
 
 NO_CLASS = "no class: the image seems to show none of the classes"
 """The reason of a proposal to remove an image."""
@@ -178,15 +181,37 @@ class Artifact:
 
     def table(self) -> dict[str, list[Any]]:
         """The columns of changes.csv: the rows that are not kept as they were."""
-        rows = np.flatnonzero(self.action != "keep")
-        columns = {"old": self.given, "new": self.labels, "action": self.action}
-        columns |= {"confidence": self.confidence, "margin": self.margin, "reason": self.reason}
-        if np.isfinite(self.no_class).any():
-            columns["no_class"] = self.no_class
+        table = self._columns(np.flatnonzero(self.action != "keep"), "old", "new")
+        if not np.isfinite(self.no_class).any():
+            table.pop("no_class")
+        return table
+
+    def columns(self) -> dict[str, list[Any]]:
+        """All that is known of every image: id, given, refined, action, confidence, margin, reason, no_class.
+
+        Where the class names are known, given_class and refined_class follow. Images that were removed are in it.
+        """
+        return self._columns(np.arange(len(self.labels)), "given", "refined")
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The `columns` as a pandas DataFrame, a row per image.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_pandas: needs pandas; pip install 'synth-refine[pandas]'") from error
+        return pandas.DataFrame(self.columns())
+
+    def _columns(self, rows: NDArray[np.int64], given: str, refined: str) -> dict[str, list[Any]]:
+        columns = {given: self.given, refined: self.labels, "action": self.action, "confidence": self.confidence}
+        columns |= {"margin": self.margin, "reason": self.reason, "no_class": self.no_class}
         ids = rows.tolist() if self.ids is None else [self.ids[row] for row in rows]
         table = {"id": ids, **{name: values[rows].tolist() for name, values in columns.items()}}
         if classes := self.classes:
-            table |= {f"{name}_class": [classes[label] for label in table[name]] for name in ("old", "new")}
+            table |= {f"{name}_class": [classes[label] for label in table[name]] for name in (given, refined)}
         return table
 
 

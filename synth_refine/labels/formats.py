@@ -162,7 +162,16 @@ def _parquet(rows: Rows) -> bytes:
     except ImportError as error:
         raise InputError("format: parquet needs pyarrow; pip install 'synth-refine[parquet]'") from error
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(_columns(rows)), buffer)
+    table = _columns(rows)
+    if rows.artifact is not None:  # all that it knows; `label` and `class` are the refined ones
+        more = rows.artifact.columns()
+        left = slice(None) if len(rows.labels) == len(more["id"]) else rows.artifact.kept
+        table |= {
+            name: np.array(values, dtype=object)[left].tolist()
+            for name, values in more.items()
+            if name not in ("id", "refined", "refined_class")
+        }
+    pyarrow.parquet.write_table(pyarrow.table(table), buffer)
     return buffer.getvalue()
 
 
@@ -257,7 +266,11 @@ FORMATS: Mapping[str, Format] = {
     ),
     "csv": Format(_csv, "columns id and label", name=r".+\.csv", name_text="a .csv file", removal="leave out"),
     "jsonl": Format(_jsonl, "one object with id and label per line", removal="leave out"),
-    "parquet": Format(_parquet, "columns id and label", removal="leave out"),
+    "parquet": Format(
+        _parquet,
+        "columns id and label; of an artifact also given, action, confidence, margin, reason and no_class",
+        removal="leave out",
+    ),
     "kept": Format(
         _kept,
         "the rows to train on: torch.utils.data.Subset(dataset, numpy.load('{name}'))",

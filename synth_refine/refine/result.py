@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synth_refine._io.check import Array, LabelsT, check_array, check_labels, label_tensor, labels_like
+from synth_refine._io.check import Array, InputError, LabelsT, check_array, check_labels, label_tensor, labels_like
 from synth_refine._io.error import WrongBase
 from synth_refine.labels.artifact import NO_CLASS, Artifact, record
+
+if TYPE_CHECKING:
+    import pandas
 
 CPU = torch.device("cpu")
 
@@ -165,6 +168,32 @@ class Refinement:
             inputs=inputs,
             settings=settings,
         )
+
+    def to_pandas(
+        self, given: Array | None = None, *, ids: Sequence[str] | None = None, classes: Sequence[str] | None = None
+    ) -> pandas.DataFrame:
+        """A row per image: what `Artifact.to_pandas` has, and `proposed`, the best class whether accepted or not.
+
+        Args:
+            given: Given labels, (N,); by default those that the refiner saw, which the paper's rule does not.
+            ids: One unique id per row; by default the row number.
+            classes: Class names, (C,), for columns with the names of the given, refined and proposed classes.
+
+        Raises:
+            InputError: As `record`, no given labels, another number of classes, or pandas is not installed.
+        """
+        known = self.given if given is None else given
+        if known is None:
+            raise InputError("given: expected the labels to refine, which the paper's rule does not know, got None")
+        if classes is not None and len(classes) != self.num_classes:
+            raise InputError(f"classes: expected {self.num_classes} names, got {len(classes)}")
+        settings = None if classes is None else {"classes": list(classes)}
+        table = self.record(known, ids=ids, settings=settings).to_pandas()
+        proposed = label_tensor(self.proposed, CPU).tolist()
+        table.insert(3, "proposed", proposed)
+        if classes is not None:
+            table["proposed_class"] = [classes[one] if one >= 0 else None for one in proposed]
+        return table
 
     def _checked(self, given: Array) -> Tensor:
         """The given labels as int64 on the CPU."""
