@@ -248,7 +248,8 @@ def _without(artifact: Artifact, gone: set[str]) -> Artifact:
 
 def _check_contents(artifact: Artifact, hashes: dict[str, str]) -> None:
     """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
-    known = str(artifact.run["inputs"].get("scored_images", ""))
+    inputs = artifact.run["inputs"]
+    known = str(inputs.get("scored_images", inputs.get("images", "")))  # the latter in artifacts of earlier versions
     if not re.fullmatch("[0-9a-f]{64}", known):
         return
     unscored = _unscored(artifact)
