@@ -156,6 +156,10 @@ def test_a_table_of_images_keeps_its_rows_and_lists_those_to_train_on(tmp_path: 
     assert np.load(tmp_path / "new.csv.kept.npy").tolist() == [1]
     revert_tree(artifact, tmp_path / "new.csv", tmp_path / "back.csv")
     assert (tmp_path / "back.csv").read_bytes() == (tmp_path / "old.csv").read_bytes()
+    (tmp_path / "new.csv").unlink()
+    whole = record(artifact.given, artifact.labels, ids=artifact.ids, settings=settings)
+    with pytest.raises(InputError, match="new.csv.kept.npy to be free"):  # it would hide an image that is kept
+        apply_tree(whole, tmp_path / "old.csv", tmp_path / "new.csv")
 
 
 def test_each_format_leaves_removed_images_out_or_says_so_or_refuses(tmp_path: Path, removed: Artifact) -> None:

@@ -10,7 +10,7 @@ import pytest
 from synth_refine import InputError
 from synth_refine._io.csv import read_csv
 from synth_refine.labels.artifact import Artifact, WrongBase, WrongIds, record
-from synth_refine.labels.trees import apply_tree, new_places, revert_tree
+from synth_refine.labels.trees import apply_tree, new_places, revert_tree, verify_tree
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -40,6 +40,19 @@ def test_no_two_images_meet_in_one_place(tmp_path: Path) -> None:
         assert (new / "dog/in/2.png").samefile(tmp_path / "old/cat/in/2.png") == link
         revert_tree(artifact, new, back, link=link)
         assert content(back) == content(tmp_path / "old")
+
+
+def test_images_go_to_the_folder_that_the_table_beside_them_names(tmp_path: Path) -> None:
+    ids, classes = ["dog/1.png", "cat/1.png", "top/1.png"], ["cat", "dog", "T-shirt / top"]
+    fill(tmp_path / "old", ids)
+    (tmp_path / "old" / "class_folders.csv").write_text("folder,class\ndog,cat\ncat,dog\ntop,T-shirt / top\n")
+    settings = {"classes": classes, "source": "folder"}
+    artifact = record(np.array([0, 1, 2]), np.array([2, 1, 0]), ids=ids, settings=settings)
+    apply_tree(artifact, tmp_path / "old", tmp_path / "new")
+    assert {"top/1~dog.png", "cat/1.png", "dog/1~top.png"} < set(content(tmp_path / "new"))
+    verify_tree(artifact, tmp_path / "new")
+    revert_tree(artifact, tmp_path / "new", tmp_path / "back")
+    assert content(tmp_path / "back") == content(tmp_path / "old")
 
 
 def test_a_class_that_loses_all_its_images_keeps_its_folder(tmp_path: Path) -> None:
@@ -87,5 +100,5 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> 
 
 def test_class_names_that_lead_out_of_a_folder_are_refused() -> None:
     given, settings = np.array([0, 1]), {"source": "folder", "classes": ["A", "../../B"]}
-    with pytest.raises(InputError, match="artifact: expected names that a folder can have"):
+    with pytest.raises(InputError, match="artifact: expected classes with names that a folder can have"):
         new_places(record(given, given[::-1], ids=["A/0.png", "B/0.png"], settings=settings))

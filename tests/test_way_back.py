@@ -144,11 +144,12 @@ def test_of_two_at_once_one_wins_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
 
 
-def test_images_of_another_content_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["scored_images", "images"])  # the second by earlier versions
+def test_images_of_another_content_are_refused(tmp_path: Path, name: str) -> None:
     ids = photos(tmp_path / "old")
     found = open_images(tmp_path / "old", CLASSES)
     table = image_table(found.ids, ["cat", "cat", "dog"], content_hashes(found))
-    artifact = artifact_of(ids, [0, 0, 1], [1, 0, 1], scored_images=hashlib.sha256(table).hexdigest())
+    artifact = artifact_of(ids, [0, 0, 1], [1, 0, 1], **{name: hashlib.sha256(table).hexdigest()})
     apply_tree(artifact, tmp_path / "old", tmp_path / "new")
     revert_tree(artifact, tmp_path / "new", tmp_path / "back")
     assert content(tmp_path / "back") == content(tmp_path / "old")

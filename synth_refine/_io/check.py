@@ -40,16 +40,6 @@ def check_turned(name: str, value: Array, rows: int) -> None:
         raise InputError(f"{name}: expected shape ({rows}, D), got {shape}, which is transposed")
 
 
-def check_folder_name(name: str, value: str) -> None:
-    """Refuse a class name that leads out of the folder that its images go into."""
-    if value in ("", ".", "..") or "/" in value or "\0" in value:
-        raise InputError(f"{name}: expected names that a folder can have, got {value!r}")
-    if (length := len(value.encode("utf-8", "surrogatepass"))) > 255:
-        raise InputError(
-            f"{name}: expected names of at most 255 bytes, as folders have, got {length}: {value[:40]!r}..."
-        )
-
-
 def is_auto(threshold: object) -> bool:
     """Whether a threshold is to be calibrated; arrays of thresholds are not."""
     return isinstance(threshold, str) and threshold == "auto"

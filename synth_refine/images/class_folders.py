@@ -22,6 +22,12 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM
 
 
+def can_be_folder(name: str) -> bool:
+    """Whether a folder can have this name, so that its images stay inside and are found again."""
+    inside = name and "/" not in name and "\0" not in name and not is_system(name)
+    return bool(inside) and len(name.encode("utf-8", "surrogatepass")) <= MOST_BYTES
+
+
 def folders_of(classes: Sequence[str]) -> dict[str, str]:
     """The name of a folder for each class: the class's own wherever a folder can have it.
 
@@ -29,13 +35,13 @@ def folders_of(classes: Sequence[str]) -> dict[str, str]:
         >>> folders_of(["cat", "T - shirt / top", ".."])
         {'cat': 'cat', 'T - shirt / top': 'T - shirt _ top', '..': '_'}
     """
-    fits = {name: _fits(name) for name in classes}
+    fits = {name: can_be_folder(name) for name in classes}
     taken = {name for name in classes if fits[name]}
     found = {}
     for name in classes:
         plain = name if fits[name] else re.sub(r"[/\0]", "_", name.lstrip("."))[:KEPT_CHARACTERS] or "_"
         folder, number = plain, 1
-        while not fits[name] and (folder in taken or not _fits(folder)):
+        while not fits[name] and (folder in taken or not can_be_folder(folder)):
             number += 1
             folder = f"{plain}~{number}"
         taken.add(folder)
@@ -64,8 +70,3 @@ def class_by_folder(place: Path) -> dict[str, str]:
     for column, cells in found.items():
         check_unique(f"images: {column} in {place / TABLE}", cells)
     return dict(zip(found["folder"], found["class"], strict=True))
-
-
-def _fits(name: str) -> bool:
-    inside = name and "/" not in name and "\0" not in name and not is_system(name)
-    return bool(inside) and len(name.encode("utf-8", "surrogatepass")) <= MOST_BYTES

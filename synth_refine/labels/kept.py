@@ -25,7 +25,8 @@ def write_kept(labels: Path, kept: NDArray[np.bool_], *, dry_run: bool = False) 
 
     Args:
         labels: The label file.
-        kept: Whether each of its rows is kept, (N,); where all are, there is nothing to write.
+        kept: Whether each of its rows is kept, (N,); where all are, there is nothing to write, nor may a list of an
+            earlier review lie there, which would be taken for that of these labels.
         dry_run: Check everything, write nothing.
 
     Returns:
@@ -34,11 +35,11 @@ def write_kept(labels: Path, kept: NDArray[np.bool_], *, dry_run: bool = False) 
     Raises:
         InputError: Something else has that name.
     """
+    path, data = labels.with_name(f"{labels.name}.kept.npy"), kept_bytes(np.flatnonzero(kept))
+    if os.path.lexists(path) and (kept.all() or not path.is_file() or path.read_bytes() != data):
+        raise InputError(f"out: expected {path} to be free for the list of kept rows, but it holds something else")
     if kept.all():
         return None
-    path, data = labels.with_name(f"{labels.name}.kept.npy"), kept_bytes(np.flatnonzero(kept))
-    if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
-        raise InputError(f"out: expected {path} to be free for the list of kept rows, but it holds something else")
     if not dry_run:
         with write_atomic(path) as file:
             file.write(data)

@@ -15,22 +15,22 @@ import re
 import shutil
 import unicodedata
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from synth_refine._io.atomic import TEMPORARY, file_hash, locked, sync_folder, write_atomic
-from synth_refine._io.check import InputError, check_folder_name
+from synth_refine._io.check import InputError
 from synth_refine._io.csv import check_unique, read_csv
 from synth_refine._io.error import WrongBase, WrongIds
+from synth_refine.images.class_folders import MOST_BYTES, can_be_folder, class_by_folder
 from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, record
 from synth_refine.labels.cells import with_column
 from synth_refine.labels.kept import write_kept
-
-MOST_BYTES = 255  # of a name, on almost every disk
 
 
 def apply_tree(
@@ -105,14 +105,20 @@ def verify_tree(artifact: Artifact, source: str | os.PathLike[str]) -> None:
         _found(artifact, old, undo=True)
 
 
-def new_places(artifact: Artifact) -> list[str]:
+def new_places(artifact: Artifact, folders: Sequence[str] | None = None) -> list[str]:
     """Where every image of a folder per class goes, relative to the new folder, in the order of the ids.
 
     A removed image has the place that it had, and no other image takes it.
 
     Names that differ by case or by the composition of accents alone count as the same, as they do on many disks.
+
+    Args:
+        artifact: What changed.
+        folders: The folder of each class, (C,); by default it has the name of the class.
     """
-    ids, classes = _ids(artifact), _classes(artifact)
+    ids, folders = _ids(artifact), _classes(artifact) if folders is None else folders
+    if bad := [name for name in folders if not can_be_folder(name)]:
+        raise InputError(f"artifact: expected classes with names that a folder can have, got {bad[0][:80]!r}")
     changed = set(artifact.changed.tolist())
     taken = set(map(_folded, ids))
     places = []
@@ -123,7 +129,7 @@ def new_places(artifact: Artifact) -> list[str]:
         if row not in changed:
             places.append(one)
             continue
-        rest = PurePosixPath(classes[artifact.labels[row]], *path.parts[1:])
+        rest = PurePosixPath(folders[artifact.labels[row]], *path.parts[1:])
         place, mark = str(rest), ""
         while _folded(place) in taken:
             mark += f"~{path.parts[0]}"
@@ -167,7 +173,7 @@ def _write(
     moves |= {path: path.relative_to(old).as_posix() for path in others} | (gone if undo else {})
     if len(set(moves.values())) < len(moves):
         raise InputError(f"images: expected names that are free in {old}, but a file is where an image has to go")
-    folders = [name for name in _classes(artifact) if (old / name).is_dir() or (undo and (aside / name).is_dir())]
+    folders = [name for name in _folders(artifact, old) if (old / name).is_dir() or (undo and (aside / name).is_dir())]
     ready = not undo and bool(gone) and _holds(aside, gone)
     if not dry_run:
         if gone and not undo and not ready:
@@ -186,7 +192,7 @@ def _found(artifact: Artifact, old: Path, *, undo: bool, aside: Path | None = No
     found = open_images(old, classes) if old.is_dir() else None
     if found is None or {found.kind, artifact.run["settings"].get("source", "folder")} != {"folder"}:
         raise InputError(f"images: expected the folder per class or the .csv that was refined, got {old}")
-    before, after = ids, new_places(artifact)
+    before, after = ids, new_places(artifact, _folders(artifact, old))
     if undo:
         before, after = after, before
     there, unscored = set(found.ids), _unscored(artifact)
@@ -248,7 +254,8 @@ def _without(artifact: Artifact, gone: set[str]) -> Artifact:
 
 def _check_contents(artifact: Artifact, hashes: dict[str, str]) -> None:
     """Refuse images that have changed since they were refined, where the artifact knows their hashes."""
-    known = str(artifact.run["inputs"].get("scored_images", ""))
+    inputs = artifact.run["inputs"]
+    known = str(inputs.get("scored_images", inputs.get("images", "")))  # the latter in artifacts of earlier versions
     if not re.fullmatch("[0-9a-f]{64}", known):
         return
     unscored = _unscored(artifact)
@@ -328,7 +335,13 @@ def _classes(artifact: Artifact) -> list[str]:
             "wrote as --classes, got none; use it on the label file instead of the images"
         )
     names = [str(name) for name in classes]
-    for name in names:
-        check_folder_name("artifact", name)
     check_unique("artifact's classes", names)
     return names
+
+
+def _folders(artifact: Artifact, root: Path) -> list[str]:
+    """The folder of each class, (C,): what the table in `root` says, else the name of the class."""
+    folder_of = {name: folder for folder, name in class_by_folder(root).items()}
+    folders = [folder_of.get(name, name) for name in _classes(artifact)]
+    check_unique(f"folders of classes in {root}", folders)
+    return folders
