@@ -8,7 +8,7 @@ and features from there and computes the rest again, with the same seed to the s
     synthetic.csv  the same of the synthetic images         report/    the page to review
     bad.csv        images that could not be decoded         synthetic/ generated images, where none were given
     summary.json   the result in numbers                    evidence.json  what the page shows besides
-    duplicates.csv copies among the images, and of them in the test and synthetic images
+    duplicates.csv copies, also in test and synthetic ones  classes.json   the table of the classes
     with-*/        the same of further refinements, by the settings in which they differ
 
 Letters in shapes: N real images, M synthetic images, D features, C classes.
@@ -47,6 +47,7 @@ from synth_refine.images.sources import open_images
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
 from synth_refine.refine.checks import Unrelated
+from synth_refine.refine.classes import class_table
 from synth_refine.refine.prototypes import prototype_quality
 from synth_refine.refine.result import Refinement
 from synth_refine.review import evidence as page
@@ -57,7 +58,7 @@ from synth_refine.summary import Summary, copies_lines, read_back, summarized
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.jobs import Generator
 
-NOTES = ("synthetic accuracy", "noise before", "noise after", "wrong changes", "warnings")  # on the page
+NOTES = ("synthetic accuracy", "health", "noise before", "noise after", "wrong changes", "warnings")  # on the page
 SET = ("per_class", "templates", "seed")  # what makes up a set of synthetic images
 OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
 
@@ -107,8 +108,11 @@ def run(
         result, artifact = refined(real, reference, settings, {**hashes, "encoder": encoder.id}, say)
         write_artifact(out / "refined", artifact)
         summary = summarized(out, artifact, result, len(real.bad), len(reference.usable))
-        summary = replace(summary, copies=duplicates.counts(sets))
+        table = class_table(result, images.labels, synthetic.labels[reference.usable], images.classes)
+        keep(store, "classes.json", table.to_json())
+        summary = replace(summary, copies=duplicates.counts(sets), classes=tuple(table.lines()), health=table.health)
         evidence = evidence_of(artifact, result, real, reference, summary, duplicates)
+        evidence = replace(evidence, classes=table.facts())
         page.write_evidence(out / "evidence.json", evidence)
         store.note("evidence.json", file_hash(out / "evidence.json"))
         draw_page(out, artifact, evidence, images, synthetic)
@@ -344,6 +348,7 @@ def evidence_of(
         findings=[
             *page.unreadable(*((one.images.ids, one.bad) for one in (real, synthetic))),
             *page.duplicated(copies_lines(summary.copies), duplicates.rows()),
+            *page.stood_out(summary.classes),
         ],
     )
 

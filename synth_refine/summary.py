@@ -35,6 +35,8 @@ class Summary:
     noise_before: Estimate | None = None  # share of the given labels that are wrong
     noise_after: Estimate | None = None  # share of the refined labels
     wrong_changes: Estimate | None = None  # share of the changes
+    health: Estimate | None = None  # share of the given labels that are right
+    classes: tuple[str, ...] = ()  # what stands out in classes.json
     copies: Mapping[str, int] = field(default_factory=dict)  # groups, conflicting ones, images that other sources share
 
     def lines(self) -> dict[str, str]:
@@ -66,9 +68,9 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synt
 
 def read_back(known: Mapping[str, Any]) -> Summary:
     """The summary of a finished run from what its summary.json holds."""
-    names = ("noise_before", "noise_after", "wrong_changes")
+    names = ("noise_before", "noise_after", "wrong_changes", "health")
     estimates = {name: Estimate(**one) if one and name in names else one for name, one in known.items()}
-    return Summary(**estimates | {"warnings": tuple(known["warnings"])})
+    return Summary(**estimates | {name: tuple(known.get(name, ())) for name in ("warnings", "classes")})
 
 
 def estimates_of(known: object) -> dict[str, Estimate | None]:
@@ -104,6 +106,7 @@ def findings(summary: Summary, artifact: Artifact) -> list[str]:
     if summary.noise_before and summary.noise_after:
         before, after = summary.noise_before, summary.noise_after
         lines.append(f"wrong labels, estimated: {_percent(before)} as given, {_percent(after)} with the changes")
+    lines += summary.classes
     wrong = f", of which {_percent(summary.wrong_changes)} are wrong, estimated" if summary.wrong_changes else ""
     lines.append(f"{summary.changed:,} labels change{wrong}; {summary.abstained:,} more ask for a look")
     rows = artifact.changed

@@ -191,6 +191,7 @@ class ClassRow:
         synthetic: Its synthetic images.
         usable: Those that are usable.
         few: Whether these are too few.
+        told: Share of its synthetic images that is classified correctly when held out.
         like: Other classes and the share of its synthetic images that look like them.
     """
 
@@ -200,10 +201,11 @@ class ClassRow:
     left: int
     goes_to: Sequence[tuple[str, int]] = ()
     comes_from: Sequence[tuple[str, int]] = ()
-    noise: tuple[float, float, float] | None = None
+    noise: Sequence[float] | None = None
     synthetic: int | None = None
     usable: int | None = None
     few: bool = False
+    told: float | None = None
     like: Sequence[tuple[str, float]] = ()
 
 
@@ -230,6 +232,8 @@ def class_rows(review: Review) -> list[ClassRow]:
             like = [(names[other], share) for made, other, share in quality.confused if made == label]
             about[label] = {"synthetic": int(own.sum()), "usable": int(quality.keep[own].sum()), "like": like}
             about[label]["few"] = label in quality.too_few
+    for row, (noise, told) in zip(about, review.evidence.classes, strict=False):  # none where nothing is known
+        row |= {"noise": noise, "told": told}
     return [
         ClassRow(name, given, refined, left, goes_to=goes[label], comes_from=comes[label], **about[label])
         for label, (name, given, refined, left) in enumerate(zip(names, *counts, strict=True))

@@ -95,6 +95,9 @@ class Evidence:
         findings: Tables to show besides.
         copies: Number of the group of copies that an image belongs to, (R,), 0 where it has none; None where nobody
             looked.
+        classes: What the refiner knows of every class, C: estimated share of wrong labels among those given as it, as
+            value, low and high, and the share of its held-out synthetic images that is classified correctly; None each
+            where it is not known.
     """
 
     rows: NDArray[np.int64]
@@ -109,6 +112,7 @@ class Evidence:
     odds: NDArray[np.float64] | None = None
     findings: Sequence[Finding] = ()
     copies: NDArray[np.int64] | None = None
+    classes: Sequence[tuple[Sequence[float] | None, float | None]] = ()
 
 
 def taken_from(kind: type[T], source: object) -> T:
@@ -161,6 +165,12 @@ def duplicated(lines: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Find
     text = f"{'; '.join(lines)}. Keep one of each group and remove the others (D); the list is in duplicates.csv."
     columns = ("group", "image", "lies in", "label", "copy", "similarity")
     return [Finding("Duplicates", text[:1].upper() + text[1:], columns, rows, shows="copies")] if rows else []
+
+
+def stood_out(lines: Sequence[str]) -> list[Finding]:
+    """A finding about classes that stand out, where there are some."""
+    text = "; ".join(lines)
+    return [Finding("Classes to look at", f"{text[:1].upper()}{text[1:]}. The whole table is above.")] if lines else []
 
 
 def shown_rows(
@@ -297,6 +307,7 @@ def read_evidence(path: str | os.PathLike[str]) -> Evidence:
         for name, kind in (("probable", np.int64), ("odds", np.float64), ("copies", np.int64)):
             if content.get(name) is not None:
                 content[name] = np.array(content[name], dtype=kind)
+        content["classes"] = [(noise, told) for noise, told in content.get("classes", ())]
         content["findings"] = [Finding(**one) for one in content.get("findings", ())]
         content["synthetic_ids"] = list(map(str, content["synthetic_ids"]))
         content["notes"] = {str(name): str(note) for name, note in content["notes"].items()}
