@@ -85,6 +85,9 @@ EXAMPLES = {
     "report": """
   synth-refine report result
   synth-refine report result --single-file""",
+    "check": """
+  synth-refine check result --max-noise 0.05
+  synth-refine check result --max-noise 0.05 --max-no-class 0.02 --no-leakage""",
     "env": """
   synth-refine env""",
 }
@@ -102,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {one.name: getattr(options, one.name) for one in of_command(options.command)}
         if fault := usage_fault(options.command, {name: value for name, value in given.items() if value is not None}):
             options.usage(fault)
+    if options.command == "check" and (options.max_noise, options.max_no_class, options.no_leakage) == (
+        None,
+        None,
+        False,
+    ):
+        options.usage("expected --max-noise, --max-no-class or --no-leakage")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a class name that the terminal cannot write ends no command
             stream.reconfigure(errors="backslashreplace")
@@ -263,6 +272,16 @@ def _parser() -> ArgumentParser:
         metavar="N",
         help="changes, and kept labels, of the random sample (%(default)s)",
     )
+    check = command("check", "say whether a finished run found the data set good enough; exit code 1 if not, for CI")
+    check.description = f"{check.description} A condition of which the run knows nothing does not hold."
+    check.add_argument("result", help="what `run` wrote, with --test SOURCE for --no-leakage")
+    limits = {
+        "--max-noise": "largest estimated share of wrong labels among the given ones",
+        "--max-no-class": "largest share of images that seem to show none of the classes",
+    }
+    for name, text in limits.items():
+        check.add_argument(name, type=_share, metavar="X", help=f"{text}, from 0 to 1")
+    check.add_argument("--no-leakage", action="store_true", help="no test image may be a copy of a given one")
     command("env", "show the versions that numbers depend on, as JSON")
     for name, one in commands.choices.items():
         if name != "diff":  # whose result is a table
@@ -270,6 +289,16 @@ def _parser() -> ArgumentParser:
     for one in (run, refine, review, apply, revert, export):
         one.add_argument("--dry-run", action="store_true", help="check and report everything, write nothing")
     return parser
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
 
 
 def _add_settings(parser: ArgumentParser, command: str) -> None:

@@ -41,7 +41,7 @@ from synth_refine.labels.trees import apply_tree, revert_tree, verify_tree
 from synth_refine.refine.estimates import Estimate
 from synth_refine.scale.shards import refine_shards
 from synth_refine.settings import Settings, read_settings
-from synth_refine.summary import Summary, estimates_of, findings
+from synth_refine.summary import Summary, estimates_of, findings, gate
 
 FINE, PROBLEM = 0, 1
 
@@ -331,6 +331,18 @@ def _verify(options: Namespace) -> int:
     return FINE
 
 
+def _check(options: Namespace) -> int:
+    found = gate(options.result, options.max_noise, options.max_no_class, options.no_leakage)
+    shown = ("not known" if one.value is None else f"{one.value:.4g}" for one in found)
+    lines = [
+        f"{'ok' if one.holds else 'FAILED'}: {one.name} {text}, at most {one.most:g}"
+        for one, text in zip(found, shown, strict=True)
+    ]
+    holds = all(one.holds for one in found)
+    _show(options, {"result": options.result, "holds": holds, "conditions": [vars(one) for one in found]}, lines)
+    return FINE if holds else PROBLEM
+
+
 def _env(options: Namespace) -> int:
     _show(options, {**versions(), "platform": platform.platform()})
     return FINE
@@ -386,5 +398,6 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "export": _export,
     "verify": _verify,
     "report": _report,
+    "check": _check,
     "env": _env,
 }

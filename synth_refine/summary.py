@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from synth_refine.labels.artifact import Artifact
+from synth_refine._io.check import InputError
+from synth_refine._io.store import Store
+from synth_refine.labels.artifact import Artifact, read_artifact
 from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.result import Refinement
 
@@ -119,6 +123,54 @@ def findings(summary: Summary, artifact: Artifact) -> list[str]:
         shares = (f"{names[one]} ({changed[one]:,} of {sizes[one]:,} change)" for one in worst if changed[one])
         lines.append(f"look first at {', '.join(shares)}")
     return lines
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a gate asks of a finished run."""
+
+    name: str  # noise, no_class or leakage
+    most: float  # a share, or a number of images
+    value: float | None  # what was found; None where nobody looked, and then it does not hold
+    holds: bool
+
+
+def gate(
+    folder: str | os.PathLike[str],
+    max_noise: float | None = None,
+    max_no_class: float | None = None,
+    no_leakage: bool = False,
+) -> list[Condition]:
+    """Whether a finished run found the data set good enough; a condition of which nothing is known does not hold.
+
+    Args:
+        folder: What `run` wrote.
+        max_noise: Largest estimated share of wrong labels among the given ones; None asks for none.
+        max_no_class: Largest share of images that are proposed for removal because they show none of the classes.
+        no_leakage: Whether no test image may be a copy of a given one.
+
+    Raises:
+        InputError: The folder holds no finished run.
+    """
+    root = Path(folder)
+    if Store(root, 0).done("summary.json") is None:
+        raise InputError(
+            f"result: expected the folder of a finished run, but {root / 'summary.json'} is missing or damaged"
+        )
+    summary, artifact = read_back(json.loads((root / "summary.json").read_bytes())), read_artifact(root / "refined")
+    scored = artifact.no_class is not None and bool(np.isfinite(artifact.no_class).any())
+    share = len(artifact.proposed_removals) / max(len(artifact.labels), 1) if scored else None
+    copies = summary.copies.get("test")
+    asked = {
+        "noise": (max_noise, summary.noise_before and summary.noise_before.value),
+        "no_class": (max_no_class, share),
+        "leakage": (0 if no_leakage else None, copies),
+    }
+    return [
+        Condition(name, most, value, value is not None and value <= most)
+        for name, (most, value) in asked.items()
+        if most is not None
+    ]
 
 
 def _percent(one: Estimate) -> str:

@@ -60,6 +60,8 @@ def test_copies_are_found_listed_shown_and_removed(source: Path, capsys: pytest.
     copy(photos / "O" / "04.png", photos / "X" / "jpeg.jpg", quality=60)
     assert cli.main(RUN) == 0
     assert json.loads(capsys.readouterr().out)["copies"] == {"groups": 4, "conflicting": 2, "synthetic": 0}
+    assert cli.main(["check", "out", "--no-leakage"]) == 1  # nobody looked
+    assert json.loads(capsys.readouterr().out)["conditions"][0]["value"] is None
 
     copy(photos / "X" / "05.png", source / "test" / "X" / "leak.jpg", quality=60)
     assert cli.main([*RUN, "--test", "test"]) == 0  # in the finished run: nothing else is done again
@@ -80,6 +82,24 @@ def test_copies_are_found_listed_shown_and_removed(source: Path, capsys: pytest.
         ("5", "A/small.png", "images", "A", "near"),
     ]
     assert all(float(one) > 0.975 for one in table["similarity"])
+
+    summary = json.loads((source / "out" / "summary.json").read_text())
+    noise = summary["noise_before"]["value"]
+    for command, code, conditions in (
+        (f"--max-noise {noise + 0.001}", 0, [["noise", noise, True]]),
+        (f"--max-noise {noise - 0.001}", 1, [["noise", noise, False]]),
+        ("--max-noise 1 --no-leakage", 1, [["noise", noise, True], ["leakage", 1, False]]),
+    ):
+        assert cli.main(["check", "out", *command.split()]) == code
+        said = json.loads(capsys.readouterr().out)
+        assert said["holds"] is (code == 0)
+        assert [[one["name"], one["value"], one["holds"]] for one in said["conditions"]] == conditions
+    assert cli.main(["check", "photos", "--no-leakage"]) == 3
+    assert "result: expected the folder of a finished run" in capsys.readouterr().err
+    for command, message in (("", "expected --max-noise"), ("--max-noise 5", "from 0 to 1, got '5'")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["check", "out", *command.split()])
+        assert message in capsys.readouterr().err
 
     page = (source / "out" / "report" / "report.html").read_text()
     assert "Leakage: 1 test images are copies of given images; 5 groups of copies, 2 of them with different" in page
