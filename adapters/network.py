@@ -35,15 +35,12 @@ VALIDATIONS = ("noisy_validation", "clean_validation")
 class NetworkOptions:
     """Which network to build."""
 
-    network: str = (
-        "auto"  # for features: head, which auto is; for pixels: resnet34, which auto is, or resnet_small, for
-    )
-    # images of 32 pixels, or torchvision's resnet18, resnet50 or vgg19_bn, for images of some 224
+    # head for features; for images of 32 pixels resnet34 or resnet_small; for those of some 224 torchvision's resnet18,
+    # resnet50 or vgg19_bn; auto is head or resnet34
+    network: str = "auto"
     pretrained: str = ""  # file with the weights of one of torchvision's; its last layer is left out
     statistics: str = "train"  # of the pixels: of the training images, or the published cifar10, cifar100 or imagenet
-    crop: int = (
-        0  # side of the square at the centre of larger images that the network looks at, in pixels; 0: all of it
-    )
+    crop: int = 0  # side in pixels of the square at the centre that the network sees; 0: all of the image
     hidden: int = 512  # units of the head on features
     dropout: float = 0.3  # of the head on features
 

@@ -23,16 +23,15 @@ if not __package__:  # started by its path; "adapters" is also the name of a pac
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from adapters.lra_diffusion import GLYPH_CLIP
 from benchmarks import data
+from benchmarks.make_folders import CIFAR10, save
 from benchmarks.records import digest, environment, write_record
 from synth_refine import cli
 from synth_refine._io.csv import csv_bytes, read_csv
 
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ROWS = 2_000  # of CIFAR-10
 SYNTHETIC_PER_CLASS = 100
 
@@ -110,7 +109,7 @@ def _cifar10(root: Path, arrays: Path, given: Path) -> tuple[dict[str, str], lis
     names = _folder(root, task.train.inputs[:ROWS], task.train.labels[:ROWS].numpy(), truth[:ROWS].numpy(), CIFAR10)
     labels = task.synthetic.labels.numpy()
     picked = np.concatenate([np.flatnonzero(labels == label)[:SYNTHETIC_PER_CLASS] for label in range(len(CIFAR10))])
-    _save(root / "synthetic", task.synthetic.inputs[picked], labels[picked], CIFAR10)
+    save(root / "synthetic", task.synthetic.inputs[picked].permute(0, 2, 3, 1).numpy(), labels[picked])
     return names, ["--synthetic", f"{root}/synthetic"]
 
 
@@ -118,15 +117,9 @@ def _folder(
     root: Path, images: Tensor, given: NDArray[Any], truth: NDArray[Any], names: Sequence[str]
 ) -> dict[str, str]:
     """Write images into the folders of their given classes; the true class of every file name."""
-    _save(root / "images", images, given, names)
+    save(root / "images", images.permute(0, 2, 3, 1).numpy(), given, names)
     (root / "classes.yaml").write_text(yaml.safe_dump(list(names)))
     return {f"{row:05d}": names[label] for row, label in enumerate(truth)}
-
-
-def _save(folder: Path, images: Tensor, labels: NDArray[Any], names: Sequence[str]) -> None:
-    for row, (image, label) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), labels, strict=True)):
-        (folder / names[label]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / names[label] / f"{row:05d}.png")
 
 
 def _accept(root: Path) -> Path:

@@ -24,12 +24,12 @@ from synth_refine._io.csv import csv_bytes
 from synth_refine._io.untrusted import open_plain
 from synth_refine.labels.files import read_labels
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def save(folder: Path, images: NDArray[Any], labels: NDArray[Any]) -> list[str]:
-    """Write images into the folders of their classes; their paths in the folder."""
-    ids = [f"{CLASSES[label]}/{row:05d}.png" for row, label in enumerate(labels)]
+def save(folder: Path, images: NDArray[Any], labels: NDArray[Any], names: Sequence[str] = CIFAR10) -> list[str]:
+    """Write images, (N, H, W, 3) uint8, into the folders of their classes; their paths in the folder."""
+    ids = [f"{names[label]}/{row:05d}.png" for row, label in enumerate(labels)]
     for one, image in zip(ids, images, strict=True):
         (folder / one).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / one)
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, count in (("train", options.train), ("test", options.test))
         }
         labels = arrays["synthetic_labels"]
-        rows = np.concatenate([np.flatnonzero(labels == one)[: options.synthetic] for one in range(len(CLASSES))])
+        rows = np.concatenate([np.flatnonzero(labels == one)[: options.synthetic] for one in range(len(CIFAR10))])
         save(options.out / "synthetic", arrays["synthetic"][rows], labels[rows])
     ids = {name: save(options.out / "cifar10-folders" / name, *part) for name, part in parts.items()}
     given = read_labels(options.given)[: options.train]
-    table = {"id": ids["train"], "label": [CLASSES[label] for label in given]}
+    table = {"id": ids["train"], "label": [CIFAR10[label] for label in given]}
     (options.out / f"{options.given.stem}.csv").write_bytes(csv_bytes(table))
     return 0
 

@@ -58,7 +58,7 @@ run."""
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
-FREE = frozenset({"bf16", "cache", "measure_batch", "weights"})
+MAY_DIFFER = frozenset({"bf16", "cache", "measure_batch", "weights"})
 """Settings that may differ from the config's in a run that counts: how fast it is, and where its files lie."""
 
 DIFFERS = {
@@ -118,7 +118,7 @@ def counts(record: Mapping[str, Any], dataset: str, noise: str, method: str, ref
     if _file_name(record["noise"]).removeprefix(f"{dataset}-") != _file_name(noise):
         return False
     wanted, found = settings(dataset, noise, method, refiner), record["settings"]
-    same = all(found["method"].get(key) == value for key, value in wanted["method"].items() if key not in FREE)
+    same = all(found["method"].get(key) == value for key, value in wanted["method"].items() if key not in MAY_DIFFER)
     return same and all(found.get(key) == wanted[key] for key in wanted if key != "method")
 
 

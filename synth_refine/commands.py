@@ -364,7 +364,7 @@ def _dtype(path: str) -> np.dtype[Any]:
 def _counts(artifact: Artifact) -> dict[str, int]:
     name = "undecided" if "reviewed" in artifact.run else "abstained"  # by people, or by a refiner
     counts = {"count": len(artifact.labels), "changed": len(artifact.changed)}
-    counts |= {name: int((artifact.action == "abstain").sum())}
+    counts |= {name: len(artifact.abstained)}
     return counts | {"no_class": len(artifact.proposed_removals), "removed": len(artifact.removed)}
 
 

@@ -61,7 +61,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synt
         report=str(out / "report" / "report.html"),
         count=len(artifact.labels),
         changed=len(artifact.changed),
-        abstained=int((artifact.action == "abstain").sum()),
+        abstained=len(artifact.abstained),
         bad=bad,
         synthetic=synthetic,
         warnings=tuple(known.warnings),

@@ -83,6 +83,11 @@ class Artifact:
         return np.flatnonzero(self.given != self.labels)
 
     @property
+    def abstained(self) -> NDArray[np.int64]:
+        """The rows that keep their label until a person has looked at them."""
+        return np.flatnonzero(self.action == "abstain")
+
+    @property
     def removed(self) -> NDArray[np.int64]:
         """The rows that a person decided to leave out."""
         return np.flatnonzero(self.action == "remove")

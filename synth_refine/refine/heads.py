@@ -222,9 +222,8 @@ def prototypes_of(synthetic: Tensor, labels: Tensor, classes: int) -> tuple[Tens
 def fit_temperature(cosine: Tensor, confidence: float) -> float:
     """The factor at which softmax(factor * cosine) has this mean confidence, by bisection of its logarithm."""
     low, high = 0.1, 1000.0
-    below = cosine - cosine.amax(
-        dim=1, keepdim=True
-    )  # the largest probability is one over the sum of their exponentials
+    # The largest probability is one over the sum of the exponentials of these.
+    below = cosine - cosine.amax(dim=1, keepdim=True)
     for _ in range(30):
         middle = math.sqrt(low * high)
         if float((middle * below).exp_().sum(dim=1).reciprocal_().mean()) < confidence:

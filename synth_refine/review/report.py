@@ -22,7 +22,6 @@ from tqdm import tqdm
 from synth_refine._io.atomic import make_folder, write_atomic
 from synth_refine._io.check import InputError, check_array, check_labels
 from synth_refine._io.csv import check_unique
-from synth_refine.labels.artifact import NO_CLASS
 from synth_refine.labels.audit import SAMPLE, audit_sample, strata
 from synth_refine.review.charts import (
     Review,
@@ -113,7 +112,7 @@ def write_report(
     )
     environment.filters |= {"percent": _percent, "count": _count, "isolated": _isolated}
     artifact = review.artifact
-    counts = {action: int((artifact.action == action).sum()) for action in ("change", "abstain")}
+    counts = {"change": len(artifact.changed), "abstain": len(artifact.abstained)}
     shown = sum(kind < KEPT for kind in data["kind"])
     text = environment.get_template("page.html").render(
         title=title,
@@ -233,7 +232,7 @@ def _data(review: Review, pictures: _Pictures) -> dict[str, Any]:
     rows, kind, nearest = rows[order], kind[order], evidence.nearest[order]
     likely = None if evidence.probable is None else evidence.probable[order]
     proposed = np.where(kind == CHANGE, artifact.labels[rows], -1 if likely is None else likely)
-    proposed[artifact.reason[rows] == NO_CLASS] = REMOVE
+    proposed[np.isin(rows, artifact.proposed_removals)] = REMOVE
     odds = np.full(len(rows), np.nan) if evidence.odds is None else evidence.odds[order]
     reasons = {text: number for number, text in enumerate(dict.fromkeys(artifact.reason[rows].tolist()))}
     thumbs = [pictures.real(review, row) for row in tqdm(rows.tolist(), "thumbnails", disable=None, leave=False)]
