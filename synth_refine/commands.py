@@ -333,13 +333,8 @@ def _verify(options: Namespace) -> int:
 
 def _check(options: Namespace) -> int:
     found = gate(options.result, options.max_noise, options.max_no_class, options.no_leakage)
-    shown = ("not known" if one.value is None else f"{one.value:.4g}" for one in found)
-    lines = [
-        f"{'ok' if one.holds else 'FAILED'}: {one.name} {text}, at most {one.most:g}"
-        for one, text in zip(found, shown, strict=True)
-    ]
-    holds = all(one.holds for one in found)
-    _show(options, {"result": options.result, "holds": holds, "conditions": [vars(one) for one in found]}, lines)
+    holds, conditions = all(one.holds for one in found), [vars(one) for one in found]
+    _show(options, {"result": options.result, "holds": holds, "conditions": conditions}, list(map(str, found)))
     return FINE if holds else PROBLEM
 
 

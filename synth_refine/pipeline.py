@@ -43,7 +43,7 @@ from synth_refine.images.embed import Embedded, embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.listing import Images, read_classes, warn_of_prompts
-from synth_refine.images.sources import open_images
+from synth_refine.images.sources import open_images, opened_as
 from synth_refine.labels.artifact import Artifact, read_artifact, write_artifact
 from synth_refine.refine import front
 from synth_refine.refine.checks import Unrelated
@@ -202,14 +202,6 @@ def open_synthetic(source: str, classes: tuple[str, ...]) -> Images:
     if lacking := sorted(set(range(len(classes))) - set(synthetic.labels.tolist())):
         raise InputError(f"synthetic: expected an image of every class, got none of {classes[lacking[0]]}")
     return synthetic
-
-
-def opened_as(name: str, source: str, classes: tuple[str, ...], **columns: str) -> Images:
-    """`open_images`, whose errors begin with the name of the argument."""
-    try:
-        return open_images(source, classes, **columns)
-    except InputError as error:
-        raise InputError(f"{name}: {str(error).removeprefix('images: ')}") from error
 
 
 def hashed(store: Store, name: str, images: Images, settings: Settings) -> list[str]:

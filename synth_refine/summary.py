@@ -134,6 +134,10 @@ class Condition:
     value: float | None  # what was found; None where nobody looked, and then it does not hold
     holds: bool
 
+    def __str__(self) -> str:
+        found = "not known" if self.value is None else f"{self.value:.4g}"
+        return f"{'ok' if self.holds else 'FAILED'}: {self.name} {found}, at most {self.most:g}"
+
 
 def gate(
     folder: str | os.PathLike[str],

@@ -77,6 +77,14 @@ def open_images(source: Any, classes: Sequence[str] | None = None, *, image: str
     return _folder(place, inside, classes)
 
 
+def opened_as(name: str, source: str, classes: Sequence[str], **columns: str) -> Images:
+    """`open_images`, whose errors begin with the name of the argument."""
+    try:
+        return open_images(source, classes, **columns)
+    except InputError as error:
+        raise InputError(f"{name}: {str(error).removeprefix('images: ')}") from error
+
+
 def _matching(pattern: Path) -> list[Path]:
     """The files of a pattern in natural order; {00000..00002} stands for these numbers, whether there or not."""
     parts = re.split(r"\{(\d{1,9})\.\.(\d{1,9})\}", str(pattern))
