@@ -565,7 +565,7 @@ def test_the_audit_is_blind_and_its_estimate_is_that_of_the_command(
         tab.keyboard.press("d" if row % 7 == 0 else "x" if row % 11 == 0 else str(1 + offered.index("dog")))
     tab.click("#audit-stop")
     tab.reload()
-    assert tab.locator("#audit-open").inner_text() == "Go on (23 of 24)"
+    assert tab.locator("#audit-open").inner_text() == "Resume (23 of 24)"
     shown = {name: tab.locator(f"#audit-{name}").inner_text() for name in ("before", "proposed", "after")}
     rows = export(tab, tmp_path / "decisions.csv")
     assert [row["id"] for row in rows if row["decision"].startswith("audit")] == [

@@ -19,7 +19,7 @@ from synth_refine.labels.labelstudio import read_answers
 COLUMNS = ("id", "given", "decision", "label")
 """Of decisions.csv."""
 
-AUDIT, AUDIT_NONE, AUDIT_UNCLEAR = "audit", "audit-none", "audit-unclear"
+AUDITS = AUDIT, AUDIT_NONE, AUDIT_UNCLEAR = "audit", "audit-none", "audit-unclear"
 """Decisions that are answers of the audit: the right class, none of the classes, and that nobody can tell."""
 
 
@@ -66,7 +66,8 @@ def reviewed(
     if len(classes) != artifact.num_classes:
         raise InputError(f"classes: expected {artifact.num_classes} names, got {len(classes)}")
     check_unique("classes", classes)
-    rows, asked = _parted(entries)
+    rows = [entry for entry in entries if entry[2] not in AUDITS]
+    asked = [entry for entry in entries if entry[2] in AUDITS]
     for some in (rows, asked):
         check_unique(f"decisions: id in {decisions}", [one for one, *_ in some])
     row_of = {one: row for row, one in enumerate(artifact.names)}
@@ -83,7 +84,7 @@ def reviewed(
             if cell not in class_of:
                 raise InputError(f"decisions: expected class names for {one!r}, got {cell!r}")
         given, label = int(artifact.given[row]), class_of.get(name, NO_LABEL)
-        if decision in (AUDIT, AUDIT_NONE, AUDIT_UNCLEAR):
+        if decision in AUDITS:
             if class_of[old] != given:
                 raise WrongBase(f"decisions: expected {one!r} to be given as {classes[given]!r}, got {old!r}")
             if decision != AUDIT_UNCLEAR:
@@ -135,11 +136,3 @@ def _read_table(path: str | os.PathLike[str]) -> tuple[list[tuple[str, str, str,
 
 FORMATS = {"csv": _read_table, "labelstudio": read_answers}
 """What decisions are read from."""
-
-
-def _parted(
-    rows: list[tuple[str, str, str, str]],
-) -> tuple[list[tuple[str, str, str, str]], list[tuple[str, str, str, str]]]:
-    """Decisions, and answers of the audit."""
-    answers = {AUDIT, AUDIT_NONE, AUDIT_UNCLEAR}
-    return [row for row in rows if row[2] not in answers], [row for row in rows if row[2] in answers]

@@ -34,7 +34,10 @@ def same_picture(features: Array, given: Array) -> Tensor:
 
 
 def without_copies(features: ArrayT, given: Array) -> ArrayT:
-    """Features in which images that say nothing cannot be scored, as if they could not be decoded."""
+    """Features in which images that say nothing cannot be scored, as if they could not be decoded.
+
+    The front door does so; a refinement over shards does not, since copies may lie in any two of them.
+    """
     same = same_picture(features, given)
     if not bool(same.any()):
         return features
@@ -67,7 +70,7 @@ def copies_doubts(real: Tensor, given: Tensor, synthetic: Tensor | None, intende
     if count := int(same_picture(real, given).sum()):
         yield (
             f"{count} of {len(real)} images that were looked at are copies of each other with different labels; such "
-            "pictures say nothing and keep their labels"
+            "pictures say nothing: `refine` and `run` keep their labels, `scale` may change them"
         )
     if synthetic is not None and intended is not None:
         pairs = torch.unique(torch.stack([intended, row_keys(synthetic)[0]], dim=1), dim=0)[:, 0]

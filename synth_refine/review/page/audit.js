@@ -117,5 +117,5 @@ function drawEstimate() {
   $("audit-parts").textContent = known.length
     ? `Wrong among the answered: ${number(changes[1])} of ${plural(changes[2], "change", "changes")}, ${number(stays[1])} of ${plural(stays[2], "kept label", "kept labels")}.`
     : "";
-  $("audit-open").textContent = answers.size === 0 ? "Start the audit" : answers.size < data.audit.length ? `Go on (${number(answers.size)} of ${number(data.audit.length)})` : "Look at your answers";
+  $("audit-open").textContent = answers.size === 0 ? "Start the audit" : answers.size < data.audit.length ? `Resume (${number(answers.size)} of ${number(data.audit.length)})` : "Look at your answers";
 }
