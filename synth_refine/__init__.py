@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from synth_refine.labels.export import export
     from synth_refine.labels.inject import inject, verify
     from synth_refine.refine.anchored import refine_anchored
+    from synth_refine.refine.estimator import LabelRefiner
     from synth_refine.refine.paper import refine_labels
     from synth_refine.refine.prototypes import class_prototypes
     from synth_refine.refine.result import Refinement
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "InputError",
+    "LabelRefiner",
     "Refinement",
     "class_prototypes",
     "export",
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "refine.paper": ("refine_labels",),
     "refine.anchored": ("refine_anchored",),
+    "refine.estimator": ("LabelRefiner",),
     "refine.prototypes": ("class_prototypes",),
     "refine.result": ("Refinement",),
     "labels.artifact": ("Artifact", "read_artifact"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from synth_refine import InputError, cli, export, refine_labels
+from synth_refine import InputError, LabelRefiner, cli, export, refine_anchored, refine_labels
 from synth_refine.labels.artifact import NO_CLASS, Artifact, WrongBase, read_artifact, record, write_artifact
 from synth_refine.labels.labelstudio import NONE
 from synth_refine.labels.review import reviewed
@@ -197,3 +198,81 @@ def test_parquet_holds_all_that_pandas_does_of_the_images_to_train_on(refined: A
         assert set(found) == set(known)
         for name, values in known.items():
             assert str(found[name]) == str([values[row] for row in kept]), name
+
+
+def pictures() -> tuple[Any, ...]:
+    """Features, true and given classes of images by name, and features and classes of synthetic ones."""
+    rng, names = np.random.default_rng(0), np.array(["cat", "dog"])
+    true, intended = names[np.arange(120) % 2], names[np.arange(20) % 2]
+    given = np.where(rng.random(120) < 0.3, np.where(true == "cat", "dog", "cat"), true)
+    features, synthetic = (rng.normal(size=(len(one), 4)) + 4 * (one == "dog")[:, None] for one in (true, intended))
+    return features, true, given, synthetic, intended
+
+
+def test_the_estimator_refines_as_the_call_does_and_can_be_cloned() -> None:
+    base = pytest.importorskip("sklearn.base")
+    features, true, given, synthetic, intended = pictures()
+    about = {"synthetic_features": synthetic, "synthetic_labels": intended}
+    refiner = base.clone(LabelRefiner(threshold=0.6, seed=3))
+    assert refiner.get_params() == {"refiner": "anchored", "threshold": 0.6, "force": False, "seed": 3}
+    assert refiner.fit(features, given, **about) is refiner
+    refined = refiner.transform(given)
+    assert refiner.classes_.tolist() == ["cat", "dog"]
+    numbers = refine_anchored(
+        features, (given == "dog") * 1, synthetic, (intended == "dog") * 1, threshold=0.6, seed=3
+    ).apply((given == "dog") * 1)
+    assert refined.tolist() == refiner.labels_.tolist() == refiner.classes_[numbers].tolist()
+    assert (refined != true).mean() < 0.05 < (given != true).mean()
+    for wrong, message in (
+        (given[::-1], "expected the labels that were refined"),
+        (given[:5], r"expected shape \(120,"),
+    ):
+        with pytest.raises(InputError, match=message):
+            refiner.transform(wrong)
+    with pytest.raises(InputError, match="given: expected the labels that were fitted, got .*cow"):
+        refiner.transform(np.where(np.arange(120) == 7, "cow", given))
+    with pytest.raises(InputError, match="synthetic_features: expected those of synthetic images"):
+        LabelRefiner().fit(features, given)
+
+
+class ByItsOwnImages(LabelRefiner):
+    """With the synthetic images that scikit-learn's checks do not know of: the real ones, and their labels."""
+
+    def fit(self, X: Any, y: Any) -> LabelRefiner:  # type: ignore[override]
+        return super().fit(X, y, synthetic_features=X, synthetic_labels=y)
+
+
+TAKES_LABELS = "it gives `transform` features, which takes the labels that were fitted"
+RANDOM_LABELS = "its labels are random, and labels that have nothing to do with the images are refused"
+NOT_APPLICABLE = {
+    **dict.fromkeys(
+        (
+            *("check_n_features_in_after_fitting", "check_estimators_dtypes", "check_dtype_object"),
+            *("check_estimators_nan_inf", "check_estimators_pickle", "check_f_contiguous_array_estimator"),
+            *("check_methods_sample_order_invariance", "check_methods_subset_invariance", "check_dict_unchanged"),
+            *("check_fit2d_predict1d", "check_transformer_data_not_an_array", "check_transformer_general"),
+            *("check_transformer_preserve_dtypes",),
+        ),
+        TAKES_LABELS,
+    ),
+    **dict.fromkeys(("check_fit_idempotent", "check_fit_check_is_fitted", "check_n_features_in"), RANDOM_LABELS),
+    "check_pipeline_consistency": "a step of a pipeline hands features on, not labels",
+    "check_array_api_input": "it is run on request alone",
+}
+
+
+def test_the_estimator_passes_scikit_learns_checks_that_apply() -> None:
+    pytest.importorskip("sklearn")
+    from sklearn.utils.estimator_checks import estimator_checks_generator
+
+    seen, ran = set(), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # doubts about made-up images, and checks that are to come
+        for estimator, check in estimator_checks_generator(ByItsOwnImages()):
+            name = check.func.__name__
+            seen.add(name)
+            if name not in NOT_APPLICABLE:
+                check(estimator)
+                ran += 1
+    assert NOT_APPLICABLE.keys() <= seen
+    assert ran >= 25
