@@ -72,13 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "exact_precision": sum(ids in exact for ids in same) / max(len(same), 1),
         "near_found": right / len(near),
         "near_precision": right / max(len(alike), 1),
-        "not_planted": [sorted(ids) for ids in [*same, *alike] if ids not in [*exact, *near]],
         "with_other_label": found[0].conflicting,
         "search_seconds": searched - embedded,
         "search_megabytes": extra / 1e6,
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
     }
-    record = {"benchmark": "duplicates", "environment": environment(), "rows": [row]}
+    notes = {"not_planted": [sorted(ids) for ids in [*same, *alike] if ids not in [*exact, *near]]}
+    record = {"benchmark": "duplicates", "environment": environment(), "rows": [row], "notes": notes}
     write_record(options.out / f"duplicates_{digest(record)}.json", record)
     print(row)
     return 0

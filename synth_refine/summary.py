@@ -56,6 +56,7 @@ class Summary:
 def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synthetic: int) -> Summary:
     """The numbers of a run: of so many images that could not be decoded, by so many synthetic images."""
     known = result.diagnostics
+    estimates: dict[str, Any] = {**estimates_of(known)}
     return Summary(
         artifact=str(out / "refined"),
         report=str(out / "report" / "report.html"),
@@ -66,7 +67,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synt
         synthetic=synthetic,
         warnings=tuple(known.warnings),
         synthetic_accuracy=None if math.isnan(accuracy := getattr(known, "synthetic_accuracy", math.nan)) else accuracy,
-        **estimates_of(known),
+        **estimates,
     )
 
 
@@ -165,8 +166,9 @@ def gate(
     scored = artifact.no_class is not None and bool(np.isfinite(artifact.no_class).any())
     share = len(artifact.proposed_removals) / max(len(artifact.labels), 1) if scored else None
     copies = summary.copies.get("test")
+    noise = summary.noise_before
     asked = {
-        "noise": (max_noise, summary.noise_before and summary.noise_before.value),
+        "noise": (max_noise, None if noise is None else noise.value),
         "no_class": (max_no_class, share),
         "leakage": (0 if no_leakage else None, copies),
     }

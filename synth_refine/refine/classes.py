@@ -73,7 +73,10 @@ class ClassTable:
 
     def facts(self) -> list[tuple[list[float] | None, float | None]]:
         """Noise, as value, low and high, and synthetic accuracy of every class."""
-        return [(one.noise and list(vars(one.noise).values()), one.synthetic_accuracy) for one in self.classes]
+        return [
+            (None if one.noise is None else list(vars(one.noise).values()), one.synthetic_accuracy)
+            for one in self.classes
+        ]
 
     def lines(self) -> list[str]:
         """What is worth a line to people: noisy classes, those that are hard to tell apart, pairs, and small ones."""
@@ -115,7 +118,7 @@ def class_table(
     moves = torch.zeros(count, count, dtype=torch.float64)  # (C, C), images given as a row's class that show a column's
     estimates, posteriors = getattr(known, "estimates", None), getattr(known, "posteriors", None)
     if posteriors is None:
-        moves.index_put_((labels, label_tensor(result.apply(given), CPU)), torch.ones(len(labels)).double(), True)
+        moves.index_put_((labels, result.apply(labels)), torch.ones(len(labels)).double(), True)
     else:
         for numbers, posterior in posteriors():
             moves.index_add_(0, labels[numbers.cpu()], posterior.double().cpu())
