@@ -25,7 +25,7 @@ FINE, BAD_INPUT = 0, 3
 
 FORMATS = (
     *("plc", "lra", "dividemix", "unicon", "cifar-n", "ssr", "npy", "json", "pt"),
-    *("kv", "imagefolder", "csv", "jsonl", "parquet", "kept", "cleanlab", "labelstudio"),
+    *("kv", "imagefolder", "csv", "jsonl", "parquet", "kept", "cleanlab", "datalab", "fiftyone", "labelstudio"),
 )
 """Those of `synth_refine.labels.export.FORMATS`."""
 

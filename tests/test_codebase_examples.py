@@ -181,6 +181,28 @@ class Stream(list[str]):
         return [change({"__key__": one, "cls": -1}) for one in self]
 
 
+def test_tools(names: dict[str, Any]) -> None:
+    for module in ("pandas", "pyarrow", "sklearn"):
+        pytest.importorskip(module)
+    shutil.rmtree("refined")
+    given, refined = GIVEN[:200] % 2, GIVEN[:200] % 2
+    refined = np.where(np.arange(200) % 7 == 0, 1 - given, given)
+    ids = [f"{row}.png" for row in range(200)]
+    write_artifact("refined", record(given, refined, ids=ids))
+    for tool in ("Label Studio", "FiftyOne", "cleanlab", "pandas, Parquet"):
+        run(tool, names)
+    tasks = json.loads(Path("tasks.json").read_text())
+    assert [task["data"]["image_id"] for task in tasks] == ids[::7]
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=photos/0.png"
+    for name in ("samples.csv", "label_issues.csv", "issues.csv"):
+        assert len(Path(name).read_text().splitlines()) == 201, name
+    assert names["table"]["refined"].tolist() == refined.tolist()
+    assert Path("refined.parquet").read_bytes()[:4] == b"PAR1"
+    features, synthetic = (4.0 * np.eye(2)[one] + np.linspace(0, 1, len(one))[:, None] for one in (refined, given[:20]))
+    run("scikit-learn", names, features=features, given=given, synthetic=synthetic, intended=given[:20])
+    assert (names["refined"] != refined).mean() < 0.05 < (given != refined).mean()
+
+
 def test_hugging_face(names: dict[str, Any]) -> None:
     pytest.importorskip("datasets")
     write_labels("refined.npy", shapes.refined_labels(shapes.given_labels()))

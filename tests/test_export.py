@@ -72,7 +72,9 @@ def read_back(format: str, path: Path) -> tuple[list[int], list[str] | None]:
         return labels.tolist(), ids
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    column, key = ("label", "file_name") if format == "imagefolder" else ("predicted_label", "id")
+    column, key = {"imagefolder": ("label", "file_name"), "fiftyone": ("refined", "filepath")}.get(
+        format, ("predicted_label", "id")
+    )
     return [int(row[column]) for row in rows], [row[key] for row in rows]
 
 
@@ -104,7 +106,7 @@ def test_every_format_is_read_back_equal(tmp_path: Path, format: str) -> None:
     read, names = read_back(format, path)
     assert read == labels.tolist()
     assert names in (None, ids)
-    if format not in ("cleanlab", "parquet"):  # which hold more of an artifact
+    if format not in ("cleanlab", "datalab", "fiftyone", "parquet"):  # which hold more of an artifact
         content = path.read_bytes()
         path.unlink()
         export(torch.from_numpy(labels), format, path, ids=ids, **options)

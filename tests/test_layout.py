@@ -51,7 +51,13 @@ ROOMS = {
 """What each folder and file of synth_refine may import of the others."""
 
 MOST_LINES = 400
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch", "ray": "ray[data]"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "ray": "ray[data]",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 """Where the import has another name. Triton comes with torch, markupsafe with jinja2."""
 
 COME_ALONG = {"triton", "markupsafe"}

@@ -175,7 +175,7 @@ def test_each_format_leaves_removed_images_out_or_says_so_or_refuses(tmp_path: P
             export(removed, name, path)
         else:
             left[name] = export(removed, name, path).path.read_bytes()
-    assert set(left) == {"csv", "jsonl", "imagefolder", "kept", "cleanlab", "labelstudio"}
+    assert set(left) == {"csv", "jsonl", "imagefolder", "kept", "cleanlab", "datalab", "fiftyone", "labelstudio"}
     assert json.loads(left["labelstudio"])[0]["data"]["image_id"] == "cat/2.png"
     assert b"cat/3.png" not in left["labelstudio"]
     for name in ("csv", "jsonl", "imagefolder"):

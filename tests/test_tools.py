@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from pathlib import Path
@@ -200,6 +201,40 @@ def test_parquet_holds_all_that_pandas_does_of_the_images_to_train_on(refined: A
             assert str(found[name]) == str([values[row] for row in kept]), name
 
 
+def test_datalab_has_the_same_columns_in_its_own_table(refined: Artifact) -> None:
+    pandas, cleanlab = pytest.importorskip("pandas"), pytest.importorskip("cleanlab")
+    assert cli.main(["export", "refined", "--format", "datalab", "--out", "issues.csv"]) == 0
+    found = pandas.read_csv("issues.csv", index_col="id")
+    given, probs = np.array(["cat", "dog"])[np.arange(40) % 2], np.full((40, 2), 0.1)
+    probs[np.arange(40), np.arange(40) % 2] = 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lab = cleanlab.Datalab({"label": given}, label_name="label", verbosity=0)
+        lab.find_issues(pred_probs=probs, issue_types={"label": {}})
+    own = lab.get_issues("label")
+    assert list(found) == list(own)
+    assert found.dtypes.tolist() == own.dtypes.tolist()
+    assert found["is_label_issue"].tolist() == (GIVEN != REFINED).tolist()
+    assert found["label_score"].round(6).tolist()[1::4] == [0.2, 0.3]
+    assert found["given_label"].tolist() == [CLASSES[label] for label in GIVEN]
+    assert found["predicted_label"].tolist() == [CLASSES[label] for label in REFINED]
+
+
+def test_fiftyone_reads_a_field_per_column_of_every_image(refined: Artifact) -> None:
+    """As its CSVDataset does: paths below data_path, and no field where a cell is empty."""
+    assert cli.main(["export", "refined", "--format", "fiftyone", "--out", "samples.csv"]) == 0
+    with Path("samples.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row.pop("filepath"): row for row in csv.DictReader(file)}
+    assert list(rows) == IDS
+    assert rows[IDS[1]]["given"] == "cat"
+    assert rows[IDS[1]]["refined"] == "dog"
+    assert rows[IDS[1]]["action"] == "change"
+    assert float(rows[IDS[1]]["confidence"]) == 0.8
+    assert rows[IDS[3]]["reason"] == NO_CLASS
+    assert float(rows[IDS[3]]["no_class"]) == 0.75
+    assert rows[IDS[2]]["confidence"] == ""
+
+
 def pictures() -> tuple[Any, ...]:
     """Features, true and given classes of images by name, and features and classes of synthetic ones."""
     rng, names = np.random.default_rng(0), np.array(["cat", "dog"])
@@ -261,6 +296,7 @@ NOT_APPLICABLE = {
 }
 
 
+@pytest.mark.slow
 def test_the_estimator_passes_scikit_learns_checks_that_apply() -> None:
     pytest.importorskip("sklearn")
     from sklearn.utils.estimator_checks import estimator_checks_generator

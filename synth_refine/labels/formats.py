@@ -184,22 +184,38 @@ def _labelstudio(rows: Rows) -> bytes:
 
 
 def _cleanlab(rows: Rows) -> bytes:
-    artifact = rows.known()
+    """CleanLearning's table, in numbers of classes."""
+    issue, quality = _issues(rows.known())
+    labels = {"given_label": rows.known().given.tolist(), "predicted_label": rows.known().labels.tolist()}
+    return csv_bytes({"id": rows.named(), "is_label_issue": issue, "label_quality": quality, **labels})
+
+
+def _datalab(rows: Rows) -> bytes:
+    """What Datalab's get_issues("label") returns, in names of classes."""
+    issue, score = _issues(rows.known())
+    names = rows.class_names()
+    labels = {"given_label": rows.known().given, "predicted_label": rows.known().labels}
+    named = {column: [names[label] for label in values] for column, values in labels.items()}
+    return csv_bytes({"id": rows.named(), "is_label_issue": issue, "label_score": score, **named})
+
+
+def _issues(artifact: Artifact) -> tuple[list[bool], list[float]]:
+    """Whether each given label is wrong, and how likely it is right, (N,)."""
     changed = artifact.given != artifact.labels
     # What is known stands against the given label where another one is proposed, and for it where it is kept; of a kept
     # label the files of an artifact hold nothing, and its cell is empty. A removed image has no right label.
     doubted, known = artifact.action != "keep", np.clip(artifact.confidence, 0, 1)
     removed = artifact.action == "remove"
     quality = np.where(removed, 0.0, np.where(doubted, 1 - known, known))
-    return csv_bytes(
-        {
-            "id": rows.named(),
-            "is_label_issue": (changed | removed).tolist(),
-            "label_quality": quality.tolist(),
-            "given_label": artifact.given.tolist(),
-            "predicted_label": artifact.labels.tolist(),
-        }
-    )
+    return (changed | removed).tolist(), quality.tolist()
+
+
+def _fiftyone(rows: Rows) -> bytes:
+    """FiftyOne's CSVDataset: a column per field of a sample."""
+    table, names = rows.known().columns(), rows.class_names()
+    fields = {name: table[name] for name in ("action", "confidence", "margin", "reason", "no_class")}
+    labels = {name: [names[label] for label in table[name]] for name in ("given", "refined")}
+    return csv_bytes({"filepath": rows.named(), **labels, **fields}, guarded=False)  # opened as they are
 
 
 _CIFAR = r"cifar(10|100)-.*\.npy"
@@ -284,6 +300,21 @@ FORMATS: Mapping[str, Format] = {
         "read it with pandas and pass it as label_issues to cleanlab's CleanLearning.fit",
         name=r".+\.csv",
         name_text="a .csv file",
+        removal="say so",
+    ),
+    "datalab": Format(
+        _datalab,
+        "a table as that of cleanlab's Datalab.get_issues('label'), with names of classes",
+        name=r".+\.csv",
+        name_text="a .csv file",
+        removal="say so",
+    ),
+    "fiftyone": Format(
+        _fiftyone,
+        "import it with fiftyone.types.CSVDataset, the folder of the images as data_path and this file as labels_path",
+        name=r".+\.csv",
+        name_text="a .csv file",
+        needs_ids=True,
         removal="say so",
     ),
     "labelstudio": Format(
