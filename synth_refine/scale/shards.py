@@ -114,10 +114,10 @@ def refine_shards(
     """Refine the labels of any number of images, in the memory of a bucket or a shard per thread.
 
     Decisions are those of `front.refine`, by the same algorithm, but for three or more copies of a picture with
-    different labels: here they are scored too, since they may lie in any two shards. The paper's rule takes its classifier in one of three
-    ways: as `logits` on disk; as a linear `head` whose logits are computed chunk by chunk and stored nowhere; or not at
-    all, and the score is then the cosine. While the anchored refiner runs, the disk must hold a copy of the features
-    with min(D, 384) float16 columns.
+    different labels: here they are scored too, since they may lie in any two shards. The paper's rule takes its
+    classifier in one of three ways: as `logits` on disk; as a linear `head` whose logits are computed chunk by chunk
+    and stored nowhere; or not at all, and the score is then the cosine. While the anchored refiner runs, the disk must
+    hold a copy of the features with min(D, 384) float16 columns.
 
     Args:
         features: A .npy file of (N, D) floats, or a folder of .npy or of Parquet files, in the order of their names; a
