@@ -182,7 +182,11 @@ def _parser() -> ArgumentParser:
     run = command("run", "refine the labels of images and write a page to review")
     run.usage = "synth-refine run IMAGES --out FOLDER [options]\n       synth-refine run --config YAML [options]"
     refine = command("refine", "refine given labels and write the artifact")
-    command("scale", "refine millions of labels, shard by shard; run it again to resume")
+    scale = command("scale", "refine millions of labels, shard by shard; run it again to resume")
+    scale.description = (
+        f"{scale.description} Unlike `refine`, it warns of copies of one picture with different labels, where a sample "
+        "shows them, but changes their labels as all others: sort them out before."
+    )
     embed = command("embed", "write the features of images for the command refine")
     generate = command("generate", "generate synthetic images of classes, with a manifest")
     for one in (run, generate, embed):

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -93,7 +94,8 @@ def run(
     with open_store(out, about, resumable=RESUMABLE) as store:
         keep(store, "config.yaml", yaml.safe_dump(used, sort_keys=False, allow_unicode=True).encode())
         if generator is not None:
-            generate_images(out / "synthetic", classes or images.classes, generator, **chosen(settings, *SET))
+            made = generate_images(out / "synthetic", classes or images.classes, generator, **chosen(settings, *SET))
+            say_withheld(made, say)
             synthetic = open_synthetic(str(out / "synthetic"), images.classes)
         assert synthetic is not None  # given, or generated just now
         sets = {"images": images, "synthetic": synthetic} | ({} if test is None else {"test": test})
@@ -389,4 +391,17 @@ def generate(settings: Settings, *, say: Callable[[str], object] = lambda _: Non
     check(settings, "generate")
     classes = read_classes(settings.classes or "")
     warn_of_prompts(classes, say)
-    return generate_images(settings.out, classes, generator_of(settings), **chosen(settings, *SET))
+    made = generate_images(settings.out, classes, generator_of(settings), **chosen(settings, *SET))
+    say_withheld(made, say)
+    return made
+
+
+def say_withheld(manifest: Path, say: Callable[[str], object]) -> None:
+    """Say how many images the model's safety checker withheld, and of which classes."""
+    entries = [json.loads(line) for line in manifest.read_bytes().splitlines()]
+    if withheld := Counter(entry["class"] for entry in entries if entry["sha256"] is None):
+        shown = ", ".join(f"{count} of {name}" for name, count in withheld.most_common(5))
+        say(
+            f"warning: the model's safety checker withheld {withheld.total()} of {len(entries)} images ({shown}); "
+            "give other words for these classes in --classes, or other --templates"
+        )

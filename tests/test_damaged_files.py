@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +137,7 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "csv without its last line ending": (".csv", b"id,label\na,1", "is truncated: its last line has no line ending"),
     "csv cut in a row": (".csv", b"id,label\na,1\nb\n", "expected 2 cells in row 3 of .*, got 1"),
     "csv with too many cells": (".csv", b"id,label\na,1,2\n", "expected 2 cells in row 2 of .*, got 3"),
-    "csv with an empty line": (".csv", b"id,label\n\na,1\n", "expected 2 cells in row 2 of .*, got 0"),
+    "csv with an empty line": (".csv", b"id,label\n\na,1\n", "row 2 of .* is blank; delete it"),
     "csv without the column": (".csv", b"id,class\na,1\n", "expected the column label in .*, got id, class"),
     "csv without a header": (".csv", b"a,1\nb,2\n", "expected the column label in .*, got a, 1"),
     "csv with a column twice": (".csv", b"id,label,label\na,1,2\n", "expected every column once"),
@@ -290,6 +291,14 @@ def test_cifar_n_files_are_read_without_torch_load(tmp_path: Path) -> None:
         (tmp_path / "labels.pt").write_bytes(pt(raw=raw))
         for key in content:
             assert read_labels(tmp_path / "labels.pt", key=key).tolist() == LABELS.tolist()
+
+
+def test_saved_tensors_are_told_how_to_come(tmp_path: Path) -> None:
+    torch.save(torch.arange(3), tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"it holds torch tensors; write them with numpy\.save"):
+        read_labels(tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"write its array with numpy\.save"):
+        read_npy("features", tmp_path / "a.pt")
 
 
 SMALL = np.arange(12) % 5

@@ -104,6 +104,17 @@ def test_a_caption_is_no_label_where_there_is_one(tmp_path: Path) -> None:
     assert open_images(tmp_path / "a.tar").classes == ("dog",)
 
 
+def test_a_label_that_is_missing_is_named_by_its_own_shard(tmp_path: Path) -> None:
+    for number, label in enumerate((b"0", b"-1")):
+        shard(tmp_path / f"{number}.tar", {"x.png": data(noise(number)), "x.cls": label})
+    with pytest.raises(InputError, match=r"a label for every image in .*, got '-1' for '1\.tar/x'"):
+        open_images(tmp_path)
+    parts = {"x.jpg": data(noise(0), "JPEG"), "x.json": b'{"caption": "a cat", "width": 9}', "x.txt": b"a cat"}
+    shard(tmp_path / "0.tar", parts)  # as img2dataset writes them
+    with pytest.raises(InputError, match=r"0\.tar has no label in x\.json: .*got caption, width; put .* into x\.cls"):
+        open_images(tmp_path / "0.tar")
+
+
 @pytest.mark.parametrize(("label", "shown"), [(None, "null"), (True, "true"), (1.5, "1.5"), (["cat"], '["cat"]')])
 def test_a_json_label_that_is_none_is_refused(tmp_path: Path, label: object, shown: str) -> None:
     shard(tmp_path / "a.tar", {"x.png": data(noise(0)), "x.json": json.dumps({"label": label}).encode()})

@@ -383,6 +383,7 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
         ({"given": "features.npy"}, "given: expected integers, but .* holds float16"),
         ({"given": "short.npy"}, "given: expected 250 rows like the features, got 249"),
         ({"given": "high.npy"}, "given.*: expected classes 0 to 5, got 6 in row 0"),
+        ({"given": "unlabelled.npy"}, r"given in .*unlabelled\.npy: expected classes .*, got -1 in row 177"),
         ({"features": "given.npy"}, "features: expected floats, but"),
         ({"features": "logits.npy"}, r"prototypes: expected shape \(M, 6\), got \(6, 8\)"),
         ({"features": "nothing"}, "features: expected .npy or .parquet files in the folder"),
@@ -410,6 +411,7 @@ def test_a_second_writer_and_a_foreign_folder_are_refused(data: Data, tmp_path: 
 def test_bad_inputs_are_named_in_one_line(change: dict[str, Any], message: str, data: Data, tmp_path: Path) -> None:
     np.save(data.root / "short.npy", data.given[:-1])
     np.save(data.root / "high.npy", data.given * 0 + CLASSES)
+    np.save(data.root / "unlabelled.npy", np.where(np.arange(len(data.given)) == 177, -1, data.given))
     for name in ("nothing", "mixed"):
         (data.root / name).mkdir(exist_ok=True)
     for name in ("0.npy", "0.parquet"):

@@ -19,6 +19,7 @@ from PIL import Image
 from synth_refine import InputError
 from synth_refine._io.atomic import file_hash
 from synth_refine.images import weights
+from synth_refine.pipeline import say_withheld
 from synth_refine.synthetic import generate
 from synth_refine.synthetic.generate import generate_images, generator_by_name
 from synth_refine.synthetic.glyphs import Glyphs, render_glyphs
@@ -268,6 +269,9 @@ def test_withheld_images_are_noted_and_left_out(tmp_path: Path) -> None:
         entries = lines(generate_images(tmp_path, ["a"], Shy(), per_class=4))
     assert [entry["sha256"] is None for entry in entries] == [False, True, False, True]
     assert len(list(tmp_path.rglob("*.png"))) == 2
+    said: list[str] = []
+    say_withheld(tmp_path / "manifest.jsonl", said.append)
+    assert "withheld 2 of 4 images (2 of a)" in said[0]
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:

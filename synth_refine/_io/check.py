@@ -59,8 +59,8 @@ def check_floating(name: str, value: Array) -> None:
         raise InputError(f"{name}: expected floating-point numbers, got {value.dtype}; convert with a scale you chose")
 
 
-def check_labels(name: str, value: Array, num_classes: int | None = None) -> None:
-    """Refuse what is no (N,) array of integers in [0, num_classes)."""
+def check_labels(name: str, value: Array, num_classes: int | None = None, first: int = 0) -> None:
+    """Refuse what is no (N,) array of integers in [0, num_classes); `first` is the number of its first row."""
     check_array(name, value, ("N",))
     if isinstance(value, Tensor):
         integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -74,7 +74,7 @@ def check_labels(name: str, value: Array, num_classes: int | None = None) -> Non
     outside = (wide < 0) | (wide >= num_classes)
     rows = np.flatnonzero(outside.cpu() if isinstance(outside, Tensor) else outside)
     if len(rows):
-        shown = ", ".join(f"{int(value[int(row)])} in row {row}" for row in rows[:5])
+        shown = ", ".join(f"{int(value[int(row)])} in row {first + row}" for row in rows[:5])
         raise InputError(f"{name}: expected classes 0 to {num_classes - 1}, got {shown}")
 
 

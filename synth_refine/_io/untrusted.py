@@ -30,7 +30,7 @@ NPY_MAGIC = b"\x93NUMPY"
 
 _KINDS = {
     NPY_MAGIC: "a NumPy array",
-    b"PK\x03\x04": "a zip archive (.npz and .pt files are such)",
+    b"PK\x03\x04": "a zip archive, as .npz and .pt files are; write its array with numpy.save",
     b"PK\x05\x06": "an empty zip archive",
     b"\x1f\x8b": "gzip-compressed; unpack it first",
     b"BZh": "bzip2-compressed; unpack it first",
@@ -282,6 +282,8 @@ _OPCODES = {
 
 def _check_opcodes(data: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "BINPERSID":
+            raise pickle.UnpicklingError("it holds torch tensors; write them with numpy.save(path, tensor.numpy())")
         if opcode.name not in _OPCODES or (opcode.name == "LONG_BINPUT" and cast(int, argument) > len(data)):
             raise pickle.UnpicklingError(f"the instruction {opcode.name}, which label files do not need")
 

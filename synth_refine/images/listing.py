@@ -80,7 +80,9 @@ class Images:
         return decode(self.read(row))
 
 
-def named(texts: list[str], classes: Sequence[str] | None, place: object) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def named(
+    texts: list[str], classes: Sequence[str] | None, place: object, ids: Sequence[str]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Labels from a column of names, or of numbers where the classes have other names; and the names of the classes.
 
     Raises:
@@ -89,7 +91,8 @@ def named(texts: list[str], classes: Sequence[str] | None, place: object) -> tup
     for row, text in enumerate(texts):
         if text.strip().lower() in UNLABELLED and text not in (classes or ()):
             raise InputError(
-                f"images: expected a label for every image in {place}, got {text!r} in row {row}; leave such rows out"
+                f"images: expected a label for every image in {place}, got {text!r} for {ids[row]!r}; "
+                "leave such images out"
             )
     found = set(texts)
     numeric = all(text.isascii() and text.isdigit() for text in found)

@@ -57,7 +57,7 @@ def webdataset(shards: list[Path], classes: Sequence[str] | None, image: str = "
     if not ids:
         raise InputError(f"images: expected images in {shards[0]}, got none")
     check_unique("images: sample", ids)
-    labels, known = named(texts, classes, shards[0])
+    labels, known = named(texts, classes, _place(shards), ids)
     return Images(ids, labels, known, TarMembers(places), "webdataset", alike(known))
 
 
@@ -113,7 +113,12 @@ def _sample_label(shard: Path, key: str, parts: Mapping[str, tuple[int, int]]) -
                 file.seek(offset)
                 text = file.read(min(size, MOST_EXTENDED_BYTES)).decode()
             if ending == "json":
-                label = json.loads(text)["label"]
+                content = json.loads(text)
+                if isinstance(content, dict) and "label" not in content:
+                    raise ValueError(
+                        f"expected the entry label, got {', '.join(content)[:80]}; put the class into {key}.cls"
+                    )
+                label = content["label"]
                 if type(label) not in (int, str):
                     raise TypeError(f"expected a number or a name, got {json.dumps(label)[:40]}")
                 text = str(label)
@@ -163,7 +168,7 @@ def parquet(files: list[Path], classes: Sequence[str] | None, image: str = "", l
                 f"images: {path} cannot be read as Parquet: {' '.join(str(error).split())[:160]}"
             ) from error
     check_unique("images: id", ids)
-    labels, known = _values(cells, names, classes, files[0])
+    labels, known = _values(cells, names, classes, _place(files), ids)
     return Images(ids, labels, known, ParquetRows(groups, column), "parquet", alike(known))
 
 
@@ -209,11 +214,12 @@ def hub(source: Any, classes: Sequence[str] | None, image: str = "", label: str 
     column = _column("image", source.column_names, image, PICTURES, place, _of_kind(kinds, "Image"))
     wanted = _column("label", source.column_names, label, LABELS, place, _of_kind(kinds, "ClassLabel"))
     names = getattr(source.features[wanted], "names", None)
-    labels, known = _values(list(source[wanted]), names, classes, place)
+    cells = list(source[wanted])
     if isinstance(source.features[column], datasets.Image):
         source = source.cast_column(column, datasets.Image(decode=False))
     ids = list(map(str, source["id"])) if "id" in source.column_names else list(map(str, range(len(source))))
     check_unique("images: id", ids)
+    labels, known = _values(cells, names, classes, place, ids)
     return Images(ids, labels, known, HubRows(source, column), "huggingface", alike(known))
 
 
@@ -235,19 +241,26 @@ def _column(
 
 
 def _values(
-    cells: list[Any], names: Sequence[str] | None, classes: Sequence[str] | None, place: object
+    cells: list[Any], names: Sequence[str] | None, classes: Sequence[str] | None, place: object, ids: Sequence[str]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Labels from cells of a table, which are numbers, with names or without, or names."""
     if not cells:
         raise InputError(f"images: expected at least one row in {place}, got none")
     if names is not None:
-        outside = [cell for cell in cells if type(cell) is not int or not 0 <= cell < len(names)]
-        if outside:
-            raise InputError(f"images: expected labels 0 to {len(names) - 1} in {place}, got {str(outside[0])[:40]}")
+        for row, cell in enumerate(cells):
+            if type(cell) is not int or not 0 <= cell < len(names):
+                got = f"{str(cell)[:40]} for {ids[row]!r}"
+                raise InputError(f"images: expected labels 0 to {len(names) - 1} in {place}, got {got}")
         texts = [names[cell] for cell in cells]
         known = tuple(classes) if classes is not None else tuple(names)
         return numbers(texts, known, place), known
     for row, cell in enumerate(cells):
         if type(cell) not in (int, str) or (isinstance(cell, int) and cell < -1):
-            raise InputError(f"images: expected labels from 0 or names in {place}, got {str(cell)[:40]} in row {row}")
-    return named([str(cell) for cell in cells], classes, place)
+            got = f"{str(cell)[:40]} for {ids[row]!r}"
+            raise InputError(f"images: expected labels from 0 or names in {place}, got {got}")
+    return named([str(cell) for cell in cells], classes, place, ids)
+
+
+def _place(files: Sequence[Path]) -> Path:
+    """What a message about all files names."""
+    return files[0] if len(files) == 1 else files[0].parent

@@ -212,5 +212,5 @@ def _table(place: Path, classes: Sequence[str] | None) -> Images:
     check_unique(f"images: {column} in {place}", ids)
     if not ids:
         raise InputError(f"images: expected at least one row in {place}, got none")
-    labels, known = named(rows["label"], classes, place)
+    labels, known = named(rows["label"], classes, place, ids)
     return Images(ids, labels, known, Files([place.parent / one for one in ids]), "csv", alike(known))

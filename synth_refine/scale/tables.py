@@ -73,8 +73,10 @@ class Shard:
 def read_given(shard: Shard, num_classes: int | None) -> NDArray[np.int64]:
     """The given labels of a shard, (n,)."""
     parts = list(read_chunks("given", shard.given, SHARD_ROWS))
+    start, most = shard.given.start, 1 << 31 if num_classes is None else num_classes
     for part in parts:
-        check_labels(f"given in {shard.given.path}", part, num_classes)
+        check_labels(f"given in {shard.given.path}", part, most, start)
+        start += len(part)
     return np.concatenate(parts).astype(np.int64)
 
 
