@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -56,7 +55,7 @@ from synth_refine.review.charts import Review
 from synth_refine.review.report import write_report
 from synth_refine.settings import REFINING, RESUMABLE, Settings, resolved
 from synth_refine.summary import Summary, copies_lines, read_back, summarized
-from synth_refine.synthetic.generate import generate_images, generator_by_name
+from synth_refine.synthetic.generate import generate_images, generator_by_name, say_withheld
 from synth_refine.synthetic.jobs import Generator
 
 NOTES = ("synthetic accuracy", "health", "noise before", "noise after", "wrong changes", "warnings")  # on the page
@@ -394,14 +393,3 @@ def generate(settings: Settings, *, say: Callable[[str], object] = lambda _: Non
     made = generate_images(settings.out, classes, generator_of(settings), **chosen(settings, *SET))
     say_withheld(made, say)
     return made
-
-
-def say_withheld(manifest: Path, say: Callable[[str], object]) -> None:
-    """Say how many images the model's safety checker withheld, and of which classes."""
-    entries = [json.loads(line) for line in manifest.read_bytes().splitlines()]
-    if withheld := Counter(entry["class"] for entry in entries if entry["sha256"] is None):
-        shown = ", ".join(f"{count} of {name}" for name, count in withheld.most_common(5))
-        say(
-            f"warning: the model's safety checker withheld {withheld.total()} of {len(entries)} images ({shown}); "
-            "give other words for these classes in --classes, or other --templates"
-        )

@@ -19,9 +19,8 @@ from PIL import Image
 from synth_refine import InputError
 from synth_refine._io.atomic import file_hash
 from synth_refine.images import weights
-from synth_refine.pipeline import say_withheld
 from synth_refine.synthetic import generate
-from synth_refine.synthetic.generate import generate_images, generator_by_name
+from synth_refine.synthetic.generate import generate_images, generator_by_name, say_withheld
 from synth_refine.synthetic.glyphs import Glyphs, render_glyphs
 from synth_refine.synthetic.jobs import Job
 from synth_refine.synthetic.text_to_image import TextToImage

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -196,3 +198,14 @@ def _generate(
                 else:
                     store.put(job.file, partial(image.save, format="PNG"), **about)
                 bar.update()
+
+
+def say_withheld(manifest: Path, say: Callable[[str], object]) -> None:
+    """Say how many images the model's safety checker withheld, and of which classes."""
+    entries = [json.loads(line) for line in manifest.read_bytes().splitlines()]
+    if withheld := Counter(entry["class"] for entry in entries if entry["sha256"] is None):
+        shown = ", ".join(f"{count} of {name}" for name, count in withheld.most_common(5))
+        say(
+            f"warning: the model's safety checker withheld {withheld.total()} of {len(entries)} images ({shown}); "
+            "give other words for these classes in --classes, or other --templates"
+        )
