@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adapters.lra_diffusion import GLYPH_CLIP
-from benchmarks.from_folder import CIFAR10
+from benchmarks.make_folders import CIFAR10
 from benchmarks.records import digest, environment, write_record
 from benchmarks.speed import extra_memory
 from synth_refine import InputError
