@@ -34,12 +34,11 @@ from numpy.typing import NDArray
 
 from synth_refine._io.atomic import check_folder, file_hash, locked
 from synth_refine._io.check import InputError
-from synth_refine._io.csv import csv_bytes
 from synth_refine._io.ray import check_engine
 from synth_refine._io.store import Store, check_settings, differing, open_store
 from synth_refine._io.untrusted import read_npy
 from synth_refine.images.duplicates import Duplicates, check_not_given, find_duplicates
-from synth_refine.images.embed import Embedded, embed_folder, embed_images
+from synth_refine.images.embed import Embedded, bad_table, embed_folder, embed_images
 from synth_refine.images.encoders import Encoder, encoder_by_name
 from synth_refine.images.hashes import content_hashes, image_table
 from synth_refine.images.listing import Images, read_classes, warn_of_prompts
@@ -251,12 +250,6 @@ def keep(store: Store, name: str, data: bytes) -> None:
     """Put a file into the store, unless it is there already."""
     if (store.done(name) or {}).get("sha256") != sha256(data).hexdigest():
         store.put(name, data)
-
-
-def bad_table(**sets: Embedded) -> bytes:
-    """The images without features as .csv: set, id and reason."""
-    rows = [(name, one.images.ids[row], one.bad[row]) for name, one in sets.items() for row in sorted(one.bad)]
-    return csv_bytes({name: [row[place] for row in rows] for place, name in enumerate(("set", "id", "reason"))})
 
 
 def refined(

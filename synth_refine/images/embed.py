@@ -58,6 +58,12 @@ class Embedded:
         return np.setdiff1d(np.arange(len(self.features)), list(self.bad))
 
 
+def bad_table(**sets: Embedded) -> bytes:
+    """The images without features as .csv: set, id and reason."""
+    rows = [(name, one.images.ids[row], one.bad[row]) for name, one in sets.items() for row in sorted(one.bad)]
+    return csv_bytes({name: [row[place] for row in rows] for place, name in enumerate(("set", "id", "reason"))})
+
+
 def embed_cached(encoder: Encoder, images: Tensor, folder: Path | str, *, batch_rows: int = 256) -> Tensor:
     """Features from disk, computed and kept where they are missing.
 
