@@ -84,7 +84,7 @@ def domain_gap(features: Array, synthetic_features: Array) -> float:
     for fold in (0, 1):
         real, synthetic = (side[fold::2] for side in sides)
         center = (real.mean(dim=0) + synthetic.mean(dim=0)) / 2
-        within = torch.atleast_2d(real.T.cov(correction=0) + synthetic.T.cov(correction=0)) / 2  # (D, D)
+        within = (real.T.cov(correction=0) + synthetic.T.cov(correction=0)).reshape(2 * real.shape[1:]) / 2  # (D, D)
         ridge = 0.1 * within.diagonal().mean().clamp_min(1e-12) * torch.eye(within.shape[0], dtype=torch.float64)
         direction = torch.linalg.solve(within + ridge, synthetic.mean(dim=0) - real.mean(dim=0))
         left, right = ((side[1 - fold :: 2] - center) @ direction for side in sides)
