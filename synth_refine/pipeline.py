@@ -320,7 +320,7 @@ def evidence_of(
     reference: NDArray[Any] = synthetic.features[usable]
     intended: NDArray[Any] = synthetic.images.labels[usable]
     copies = {one.row: one.group for one in duplicates.copies if one.split == "images"}
-    shown = page.shown_rows(artifact, result.proposed, getattr(known, "posteriors", None), copies)
+    shown: dict[str, Any] = page.shown_rows(artifact, result.proposed, getattr(known, "posteriors", None), copies)
     limits = np.asarray(known.thresholds, dtype=np.float64).ravel()
     return page.Evidence(
         **shown,

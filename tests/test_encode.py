@@ -309,7 +309,7 @@ def test_weights_that_cannot_be_fetched_are_named_in_one_line(monkeypatch: pytes
         open_clip_encoder("ViT-L-14-quickgelu", "openai")
     assert "\n" not in str(caught.value)
     assert "timm/vit_large_patch14_clip_224.openai" in str(caught.value)
-    assert "give its path as `weights`" in str(caught.value)
+    assert "give its path as --weights" in str(caught.value)
 
 
 def test_without_a_network_the_cache_is_asked_and_one_line_says_so(

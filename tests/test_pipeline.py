@@ -385,9 +385,9 @@ def test_embedded_images_are_what_refine_takes(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--encoder", str(GLYPH_CLIP), "--device", "cpu", "--workers", "0"]
-    assert cli.main(["generate", "--classes", "classes.yaml", "--out", "drawn", "--model", "glyphs"]) == 0
+    assert cli.main(["generate", "--classes", "classes.yaml", "--out", "glyphs", "--model", "glyphs"]) == 0
     assert cli.main(["embed", "photos", "--out", "real", *options]) == 0
-    assert cli.main(["embed", "drawn", "--out", "synthetic", *options]) == 0
+    assert cli.main(["embed", "glyphs", "--out", "synthetic", *options]) == 0
     command = "refine --refiner anchored --features real/features.npy --given real/given.csv --out refined"
     synthetic = "--synthetic synthetic/features.npy --synthetic-labels synthetic/given.csv"
     assert cli.main([*command.split(), *synthetic.split()]) == 0
@@ -467,15 +467,15 @@ def test_every_command_gives_the_same_labels(refiner: str, source: Path, monkeyp
         ({"images": "nowhere"}, "images: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),
         ({"model": "glyps"}, "^model: expected glyphs, .* got 'glyps'$"),
         ({"synthetic": "nowhere"}, "^synthetic: expected a folder, .csv, .tar or .parquet, got nothing: nowhere"),
-        ({"synthetic": "drawn"}, "synthetic: expected an image of every class, got none of X"),
+        ({"synthetic": "two"}, "synthetic: expected an image of every class, got none of X"),
     ],
 )
 def test_bad_settings_are_one_clear_line(
     source: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "AO":
-        (source / "drawn" / name).mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(source / "drawn" / name / "1.png")
+        (source / "two" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(source / "two" / name / "1.png")
     if "encoder" not in settings:
         monkeypatch.setattr(pipeline, "encoder_by_name", lambda *_, **__: Pixels())
     with pytest.raises(InputError, match=message) as caught:
