@@ -15,7 +15,7 @@ import numpy as np
 
 from synth_refine._io.check import InputError
 from synth_refine._io.store import Store
-from synth_refine.labels.artifact import Artifact, read_artifact
+from synth_refine.labels.artifact import Artifact
 from synth_refine.refine.estimates import Estimate
 from synth_refine.refine.result import Refinement
 
@@ -41,6 +41,7 @@ class Summary:
     wrong_changes: Estimate | None = None  # share of the changes
     health: Estimate | None = None  # share of the given labels that are right
     classes: tuple[str, ...] = ()  # what stands out in classes.json
+    no_class: int | None = None  # images that are proposed for removal, since they seem to show none of the classes
     copies: Mapping[str, int] = field(default_factory=dict)  # groups, conflicting ones, images that other sources share
 
     def lines(self) -> dict[str, str]:
@@ -66,6 +67,7 @@ def summarized(out: Path, artifact: Artifact, result: Refinement, bad: int, synt
         bad=bad,
         synthetic=synthetic,
         warnings=tuple(known.warnings),
+        no_class=None if result.no_class is None else len(artifact.proposed_removals),
         synthetic_accuracy=None if math.isnan(accuracy := getattr(known, "synthetic_accuracy", math.nan)) else accuracy,
         **estimates,
     )
@@ -114,6 +116,8 @@ def findings(summary: Summary, artifact: Artifact) -> list[str]:
     lines += summary.classes
     wrong = f", of which {_percent(summary.wrong_changes)} are wrong, estimated" if summary.wrong_changes else ""
     lines.append(f"{summary.changed:,} labels change{wrong}; {summary.abstained:,} more ask for a look")
+    if summary.no_class:
+        lines.append(f"{summary.no_class:,} of these seem to show none of the classes; the page can remove them (D)")
     rows = artifact.changed
     pairs = Counter(zip(artifact.given[rows].tolist(), artifact.labels[rows].tolist(), strict=True))
     lines += [f"  {names[old]} -> {names[new]}: {count:,}" for (old, new), count in pairs.most_common(FLOWS)]
@@ -162,9 +166,8 @@ def gate(
         raise InputError(
             f"result: expected the folder of a finished run, but {root / 'summary.json'} is missing or damaged"
         )
-    summary, artifact = read_back(json.loads((root / "summary.json").read_bytes())), read_artifact(root / "refined")
-    scored = artifact.no_class is not None and bool(np.isfinite(artifact.no_class).any())
-    share = len(artifact.proposed_removals) / max(len(artifact.labels), 1) if scored else None
+    summary = read_back(json.loads((root / "summary.json").read_bytes()))
+    share = None if summary.no_class is None else summary.no_class / max(summary.count, 1)
     copies = summary.copies.get("test")
     noise = summary.noise_before
     asked = {

@@ -42,9 +42,10 @@ from synth_refine._io.check import (
 from synth_refine.refine.decide import propose
 from synth_refine.refine.em import EM
 from synth_refine.refine.heads import HIDDEN
+from synth_refine.refine.outliers import proposed, solve_without
 from synth_refine.refine.result import CPU, Reason, Refinement
 from synth_refine.refine.rows import array_reader, fit_frame, rows_in_memory
-from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics, solve
+from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics
 from synth_refine.refine.state import view_answers
 from synth_refine.refine.thresholds import sweep
 
@@ -123,13 +124,17 @@ def refine_anchored(
     with tqdm(total=rounds, unit=" rounds", disable=not progress, leave=False) as bar:
         em = EM(rows, frame.synthetic(synthetic), intended, classes, seed, rounds, hidden, words, bar=bar)
         check_order(em)
-        solution = solve(em, threshold=threshold, force=force)
+        solution = solve_without(em, threshold=threshold, force=force)
     stays = torch.full((count,), math.nan, device=device)
     for bucket, posterior in em.posteriors(solution.state):
         found, places = propose(posterior, bucket.given, solution.policy), bucket.numbers
         for name in parts:
             parts[name][places] = getattr(found, name).to(parts[name])
         stays[places] = found.stays
+    if solution.no_class is not None:
+        parts["no_class"] = torch.full((count,), math.nan, device=device)
+        parts["no_class"][: len(solution.no_class)] = solution.no_class
+        parts["reason"][proposed(parts["no_class"], torch.arange(count, device=device))] = int(Reason.NO_CLASS)
     allowed = (parts["reason"] == Reason.ACCEPTED) | (parts["reason"] == Reason.BELOW_THRESHOLD)
     rows_swept = sweep(parts["proposed"], parts["confidence"], stays, labels, allowed, classes)
     return _result(parts, labels, classes, isinstance(features, Tensor), diagnostics(em, solution, rows_swept))

@@ -57,6 +57,7 @@ class Solution:
         gain: Expected drop of the noise rate by the changes, by a modest account.
         history: An entry per round, see `EM.run`.
         warnings: What a person should know, a line each.
+        no_class: How likely images show none of the classes, by row number; None where that is not scored.
     """
 
     state: State
@@ -68,6 +69,7 @@ class Solution:
     gain: float
     history: list[dict[str, float]]
     warnings: tuple[str, ...]
+    no_class: Tensor | None = None
 
 
 def solve(em: EM, *, threshold: float | str | None = None, force: bool = False) -> Solution:

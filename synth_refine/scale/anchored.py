@@ -33,10 +33,11 @@ from synth_refine._io.store import Store
 from synth_refine.refine.anchored import CHUNK_ELEMENTS, check_finite, check_options, checked_synthetic
 from synth_refine.refine.decide import propose
 from synth_refine.refine.em import EM
+from synth_refine.refine.outliers import proposed, solve_without
 from synth_refine.refine.paper import best_classes
 from synth_refine.refine.result import CPU, Action, Reason
 from synth_refine.refine.rows import Bucket, Chunk, Frame, Rows, bucket_of, fit_frame, neighbourhood, neighbours_like
-from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics, solve
+from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics
 from synth_refine.refine.state import Saved, leveled
 from synth_refine.scale.tables import TOP, Scores, Shard, digest, read_chunks, read_given
 
@@ -165,7 +166,7 @@ class Anchored:
                 rows, synthetic, self.intended, self.classes, self.seed, self.rounds, words=words, steps=steps, bar=bar
             )
             check_order(em)
-            solution = solve(em, threshold=self.threshold, force=self.force)
+            solution = solve_without(em, threshold=self.threshold, force=self.force)
             path = self._results(store, em, solution, bar)
         yield Solved(path, self.classes, diagnostics(em, solution))
 
@@ -273,6 +274,8 @@ class Anchored:
             table = np.memmap(self._unscored(store), result_type(self.classes), "r+")
             for bucket, posterior in em.posteriors(solution.state):
                 found, places = propose(posterior, bucket.given, solution.policy), bucket.numbers.numpy()
+                if solution.no_class is not None:
+                    found.reason[proposed(solution.no_class, bucket.numbers)] = int(Reason.NO_CLASS)
                 values, classes = best_classes(posterior.clone(), min(TOP, self.classes))
                 # Among equals the given label comes first, and the class in its place goes where it stood.
                 classes = torch.where(classes == found.proposed[:, None], classes[:, :1], classes)
