@@ -97,7 +97,7 @@ def measured(data: dict[str, NDArray[Any]], mixture: Mixture, seed: int) -> Reco
     start = time.perf_counter()
     features, synthetic = mixture.features, data["synthetic"].astype(np.float32)
     labels = data["synthetic_labels"].astype(np.int64)
-    result: Refinement = refine_anchored(features, mixture.given, synthetic, labels, seed=seed)
+    result: Refinement = refine_anchored(features, mixture.given, synthetic, labels, outliers=True, seed=seed)
     seconds = time.perf_counter() - start
     none, real = mixture.true == NONE, mixture.true != NONE
     proposed, refined = result.reason == Reason.NO_CLASS, result.apply(mixture.given)

@@ -59,7 +59,7 @@ from synth_refine.synthetic.jobs import Generator
 
 NOTES = ("synthetic accuracy", "health", "noise before", "noise after", "wrong changes", "warnings")  # on the page
 SET = ("per_class", "templates", "seed")  # what makes up a set of synthetic images
-OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "seed")  # of the one front door
+OPTIONS = ("refiner", "threshold", "weight", "strict", "force", "outliers", "seed")  # of the one front door
 
 
 def run(

@@ -139,6 +139,9 @@ class Settings:
     )
     strict: bool = _setting(False, "refuse images that cannot be scored", {"commands": ("refine",)})
     force: bool = _setting(False, "change labels even if the do-no-harm check advises against it", REFINES)
+    outliers: bool = _setting(
+        False, "score which images show none of the classes and propose to remove them; takes twice as long", REFINES
+    )
     seed: int = _setting(
         0,
         "same seed, same result",

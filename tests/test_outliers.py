@@ -36,7 +36,7 @@ def wrong(result: Refinement, given: np.ndarray, true: np.ndarray) -> float:
 def test_pictures_of_no_class_are_proposed_for_removal_and_teach_nothing() -> None:
     arrays, true = with_pictures()
     arrays[0][[0, -1]] = np.nan
-    result = refine_anchored(*arrays, rounds=3)
+    result = refine_anchored(*arrays, rounds=3, outliers=True)
     assert np.flatnonzero(np.isnan(result.no_class)).tolist() == [0, len(true) - 1]
     assert (result.reason[[0, -1]] == Reason.UNSCORED).all()
     found = result.reason == Reason.NO_CLASS
@@ -51,7 +51,7 @@ def test_pictures_of_no_class_are_proposed_for_removal_and_teach_nothing() -> No
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_next_to_nothing_is_proposed_where_there_are_none(noise: float) -> None:
-    result = problem(COUNT, noise=noise).refine()
+    result = problem(COUNT, noise=noise).refine(outliers=True)
     assert (result.reason == Reason.NO_CLASS).mean() < 0.01
 
 
@@ -64,10 +64,10 @@ def test_the_commands_propose_the_same_in_memory_and_over_shards(
         np.save(f"{name}.npy", array)
     options = ["--features", "features.npy", "--given", "given.npy", "--synthetic", "synthetic.npy"]
     options += ["--synthetic-labels", "labels.npy"]
-    assert cli.main(["refine", *options, "--out", "refined"]) == 0
+    assert cli.main(["refine", *options, "--outliers", "--out", "refined"]) == 0
     counted = json.loads(capsys.readouterr().out.splitlines()[-1])
     pytest.importorskip("pyarrow")
-    assert cli.main(["scale", *options, "--out", "scaled", "--shard-rows", "500"]) == 0
+    assert cli.main(["scale", *options, "--outliers", "--out", "scaled", "--shard-rows", "500"]) == 0
     one, other = read_artifact("refined"), read_artifact("scaled")
     assert counted["no_class"] == len(one.proposed_removals) > 50
     assert one.proposed_removals.tolist() == other.proposed_removals.tolist()
@@ -94,7 +94,9 @@ def test_frogs_among_the_other_classes_of_cifar10_are_ranked_first() -> None:
     given[frog] = rng.choice([one for one in range(10) if one != 6], frog.sum())
     given, some = given - (given > 6), np.flatnonzero(labels != 6)
     known = labels[some] - (labels[some] > 6)
-    result = refine_anchored(features[rows].astype(np.float32), given, synthetic[some].astype(np.float32), known)
+    result = refine_anchored(
+        features[rows].astype(np.float32), given, synthetic[some].astype(np.float32), known, outliers=True
+    )
     found = result.reason == Reason.NO_CLASS
     assert (found & ~frog).mean() < 0.01
     assert roc_auc_score(frog, result.no_class) > 0.92

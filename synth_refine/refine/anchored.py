@@ -45,7 +45,7 @@ from synth_refine.refine.heads import HIDDEN
 from synth_refine.refine.outliers import proposed, solve_without
 from synth_refine.refine.result import CPU, Reason, Refinement
 from synth_refine.refine.rows import array_reader, fit_frame, rows_in_memory
-from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics
+from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics, solve
 from synth_refine.refine.state import view_answers
 from synth_refine.refine.thresholds import sweep
 
@@ -64,6 +64,7 @@ def refine_anchored(
     second_view: ArrayT | None = None,
     threshold: float | str | None = None,
     force: bool = False,
+    outliers: bool = False,
     seed: int = 0,
     rounds: int = ROUNDS,
     hidden: int = HIDDEN,
@@ -83,6 +84,8 @@ def refine_anchored(
         threshold: Smallest posterior of the new class that a change needs, from 0 to 1 (down to -1 is taken, and asks
             for none); "auto" calibrates one per class for nine right changes in ten; None asks for none.
         force: Change labels although a check advises against it.
+        outliers: Score which images show none of the classes, keep them from teaching, and propose to remove them;
+            takes about as long again.
         seed: Same seed, inputs and thread count, same result; not negative.
         rounds: Most rounds of expectation maximisation.
         hidden: Units of the heads' hidden layer; 0 makes them linear.
@@ -124,7 +127,7 @@ def refine_anchored(
     with tqdm(total=rounds, unit=" rounds", disable=not progress, leave=False) as bar:
         em = EM(rows, frame.synthetic(synthetic), intended, classes, seed, rounds, hidden, words, bar=bar)
         check_order(em)
-        solution = solve_without(em, threshold=threshold, force=force)
+        solution = (solve_without if outliers else solve)(em, threshold=threshold, force=force)
     stays = torch.full((count,), math.nan, device=device)
     for bucket, posterior in em.posteriors(solution.state):
         found, places = propose(posterior, bucket.given, solution.policy), bucket.numbers

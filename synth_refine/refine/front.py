@@ -127,6 +127,7 @@ def refine(
     text_prototypes: ArrayT | None = None,
     second_view: ArrayT | None = None,
     force: bool = False,
+    outliers: bool = False,
     seed: int = 0,
     progress: bool = False,
     say: Callable[[str], object] = lambda _: None,
@@ -152,6 +153,7 @@ def refine(
         text_prototypes: For the anchored refiner: text features of the classes, (C, D).
         second_view: For the anchored refiner: logits of another classifier, (N, C).
         force: For the anchored refiner: change labels although a check advises against it.
+        outliers: For the anchored refiner: score which images show none of the classes, see `refine_anchored`.
         seed: Same seed, same result.
         progress: Show a progress bar on stderr.
         say: Called with every doubt: those about the evidence before the work, the others after it. The diagnostics of
@@ -182,6 +184,7 @@ def refine(
             second_view=second_view,
             threshold=threshold,
             force=force,
+            outliers=outliers,
             seed=seed,
             progress=progress,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 REFINERS = ("anchored", "paper")
 
 USER_OF = {
-    **dict.fromkeys(("text_prototypes", "second_view", "force"), "anchored"),
+    **dict.fromkeys(("text_prototypes", "second_view", "force", "outliers"), "anchored"),
     **dict.fromkeys(("prototypes", "logits", "head", "weight", "strict"), "paper"),
 }
 """The one refiner that has a use for an option; options that are not named are for both."""

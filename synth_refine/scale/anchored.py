@@ -37,7 +37,7 @@ from synth_refine.refine.outliers import proposed, solve_without
 from synth_refine.refine.paper import best_classes
 from synth_refine.refine.result import CPU, Action, Reason
 from synth_refine.refine.rows import Bucket, Chunk, Frame, Rows, bucket_of, fit_frame, neighbourhood, neighbours_like
-from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics
+from synth_refine.refine.solve import AnchoredDiagnostics, check_order, diagnostics, solve
 from synth_refine.refine.state import Saved, leveled
 from synth_refine.scale.tables import TOP, Scores, Shard, digest, read_chunks, read_given
 
@@ -129,6 +129,7 @@ class Anchored:
         text: Text features of the classes, (C, D) float32, or None.
         threshold: See `solve`.
         force: See `solve`.
+        outliers: See `solve_without`.
         seed: Draws everything.
         rounds: Most rounds.
     """
@@ -140,6 +141,7 @@ class Anchored:
     text: Tensor | None
     threshold: float | str | None
     force: bool
+    outliers: bool
     seed: int
     rounds: int
 
@@ -148,7 +150,7 @@ class Anchored:
         """What the result depends on beside the inputs."""
         arrays = {"synthetic_features": self.synthetic, "synthetic_labels": self.intended, "text_prototypes": self.text}
         hashes = {name: None if one is None else digest(one.numpy().tobytes()) for name, one in arrays.items()}
-        names = ("classes", "threshold", "force", "seed", "rounds")
+        names = ("classes", "threshold", "force", "outliers", "seed", "rounds")
         return {**hashes, **{name: getattr(self, name) for name in names}}
 
     @contextmanager
@@ -166,7 +168,8 @@ class Anchored:
                 rows, synthetic, self.intended, self.classes, self.seed, self.rounds, words=words, steps=steps, bar=bar
             )
             check_order(em)
-            solution = solve_without(em, threshold=self.threshold, force=self.force)
+            solved = solve_without if self.outliers else solve
+            solution = solved(em, threshold=self.threshold, force=self.force)
             path = self._results(store, em, solution, bar)
         yield Solved(path, self.classes, diagnostics(em, solution))
 
@@ -339,6 +342,7 @@ def prepare_anchored(
     text_prototypes: Array | None,
     threshold: Any,
     force: bool,
+    outliers: bool,
     seed: int,
     rounds: int,
 ) -> Anchored:
@@ -358,5 +362,5 @@ def prepare_anchored(
     if shards[0].logits is not None:
         next(read_chunks("logits", shards[0].logits, 1, classes))
     return Anchored(
-        shards, synthetic, label_tensor(synthetic_labels, CPU), classes, text, threshold, force, seed, rounds
+        shards, synthetic, label_tensor(synthetic_labels, CPU), classes, text, threshold, force, outliers, seed, rounds
     )

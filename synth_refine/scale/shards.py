@@ -103,6 +103,7 @@ def refine_shards(
     text_prototypes: Array | None = None,
     second_view: str | os.PathLike[str] | None = None,
     force: bool = False,
+    outliers: bool = False,
     seed: int = 0,
     rounds: int = ROUNDS,
     shard_rows: int = SHARD_ROWS,
@@ -143,6 +144,7 @@ def refine_shards(
         text_prototypes: For the anchored refiner: text features of the classes, (C, D).
         second_view: For the anchored refiner: logits of another classifier, (N, C), stored as `logits` are.
         force: For the anchored refiner: change labels although a check advises against it.
+        outliers: For the anchored refiner: score which images show none of the classes, see `refine_anchored`.
         seed: For the anchored refiner: same seed, inputs and thread count, same files; not negative.
         rounds: For the anchored refiner: most rounds.
         shard_rows: Most rows of a .npy file that make a shard; a Parquet file is one shard.
@@ -179,7 +181,16 @@ def refine_shards(
         raise InputError(f"out: expected a new or empty folder, but {root} holds another artifact")
     if refiner == "anchored":
         plan = prepare_anchored(
-            shards, synthetic_features, synthetic_labels, num_classes, text_prototypes, threshold, force, seed, rounds
+            shards,
+            synthetic_features,
+            synthetic_labels,
+            num_classes,
+            text_prototypes,
+            threshold,
+            force,
+            outliers,
+            seed,
+            rounds,
         )
         settings, classes = plan.settings, plan.classes
     else:
