@@ -95,9 +95,10 @@ def mixtures(
 def measured(data: dict[str, NDArray[Any]], mixture: Mixture, seed: int) -> Record:
     """Refine a mixture; what was found of the pictures, and how wrong the labels of the others are."""
     start = time.perf_counter()
-    features, synthetic = mixture.features, data["synthetic"].astype(np.float32)
-    labels = data["synthetic_labels"].astype(np.int64)
-    result: Refinement = refine_anchored(features, mixture.given, synthetic, labels, outliers=True, seed=seed)
+    synthetic: NDArray[Any] = data["synthetic"].astype(np.float32)
+    labels: NDArray[Any] = data["synthetic_labels"].astype(np.int64)
+    arrays: tuple[NDArray[Any], ...] = (mixture.features, mixture.given, synthetic, labels)
+    result: Refinement = refine_anchored(*arrays, outliers=True, seed=seed)
     seconds = time.perf_counter() - start
     none, real = mixture.true == NONE, mixture.true != NONE
     proposed, refined = result.reason == Reason.NO_CLASS, result.apply(mixture.given)
