@@ -105,7 +105,13 @@ def test_the_anchored_refiner_is_the_default_and_says_why(folder: Path, capsys: 
     assert found["noise_after"] < 0.1
     artifact = read_artifact("refined")
     assert (artifact.labels != np.arange(COUNT) % 3).sum() <= 1
-    assert artifact.run["settings"] == {"refiner": "anchored", "threshold": None, "seed": 0, "force": False}
+    assert artifact.run["settings"] == {
+        "refiner": "anchored",
+        "threshold": None,
+        "seed": 0,
+        "force": False,
+        "outliers": False,
+    }
     assert set(artifact.run["inputs"]) == {"features", "given", "synthetic_features", "synthetic_labels"}
     assert bool((artifact.margin[artifact.changed] > 0).all())
     synthetic[2::3] = np.nan  # all of the last class

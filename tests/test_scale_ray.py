@@ -102,7 +102,7 @@ def test_a_bad_shard_is_one_line(cluster: Any, inputs: Any, tmp_path: Path, monk
     given = np.load(inputs[1])
     given[-1] = 10
     np.save(tmp_path / "given.npy", given)
-    with pytest.raises(InputError, match=f"given in .*: expected classes 0 to 9, got 10 in row {SHARD_ROWS - 1}$"):
+    with pytest.raises(InputError, match=f"given in .*: expected classes 0 to 9, got 10 in row {len(given) - 1}$"):
         refine_shards(inputs[0], tmp_path / "given.npy", tmp_path / "out", **inputs[2], engine="ray")
 
 
