@@ -46,9 +46,9 @@ RECALL = 0.5  # at which the precision of the order is measured
 class Mixture:
     """Images, (n, D), their given labels, (n,), and their true classes, (n,), of which some are `NONE`."""
 
-    features: NDArray[np.float32]
-    given: NDArray[np.int64]
-    true: NDArray[np.int64]
+    features: NDArray[Any]
+    given: NDArray[Any]
+    true: NDArray[Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,29 +95,31 @@ def mixtures(
 def measured(data: dict[str, NDArray[Any]], mixture: Mixture, seed: int) -> Record:
     """Refine a mixture; what was found of the pictures, and how wrong the labels of the others are."""
     start = time.perf_counter()
-    synthetic: NDArray[Any] = data["synthetic"].astype(np.float32)
-    labels: NDArray[Any] = data["synthetic_labels"].astype(np.int64)
-    arrays: tuple[NDArray[Any], ...] = (mixture.features, mixture.given, synthetic, labels)
-    result: Refinement = refine_anchored(*arrays, outliers=True, seed=seed)
-    seconds = time.perf_counter() - start
+    arrays = (mixture.features, mixture.given, data["synthetic"], data["synthetic_labels"])
+    result = refine_anchored(*arrays, outliers=True, seed=seed)
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     none, real = mixture.true == NONE, mixture.true != NONE
     proposed, refined = result.reason == Reason.NO_CLASS, result.apply(mixture.given)
-    row: Record = {
-        "proposed": float(proposed.mean()),
-        "wrong before": float((mixture.given != mixture.true)[real].mean()),
-        "wrong after": float((refined != mixture.true)[real].mean()),
-        "seconds": seconds,
-        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    row: Record = {"proposed %": 100 * float(proposed.mean())}
+    found = (
+        "precision",
+        "recall",
+        "AUROC",
+        "precision at recall .5",
+        "AUROC, cleanlab",
+        "AUROC, cleanlab on posterior",
+    )
+    row |= dict.fromkeys(found, "")
     if none.any() and result.no_class is not None:
-        row |= {"precision": float(none[proposed].mean()), "recall": float(proposed[none].mean())}
-        for name, score in {"": np.asarray(result.no_class), **rivals(result, mixture)}.items():
-            auroc, precision = ranking(none, score)
-            row |= {f"AUROC {name}".strip(): auroc, f"precision at recall .5 {name}".strip(): precision}
-    return row
+        figures = [float(none[proposed].mean()), float(proposed[none].mean()), *ranking(none, result.no_class)]
+        figures += [ranking(none, score)[0] for score in rivals(result, mixture)]
+        row |= dict(zip(found, figures, strict=True))
+    for name, labels in (("before", mixture.given), ("after", refined)):
+        row[f"wrong {name} %"] = 100 * float((labels != mixture.true)[real].mean())
+    return {**row, "seconds": seconds, "peak GB": peak}
 
 
-def ranking(none: NDArray[np.bool_], score: NDArray[np.float64]) -> tuple[float, float]:
+def ranking(none: NDArray[np.bool_], score: Any) -> tuple[float, float]:
     """Area under the ROC curve of a score, and its precision where half of the pictures are found."""
     from sklearn.metrics import precision_recall_curve, roc_auc_score  # type: ignore[import-untyped]
 
@@ -125,7 +127,7 @@ def ranking(none: NDArray[np.bool_], score: NDArray[np.float64]) -> tuple[float,
     return float(roc_auc_score(none, score)), float(precision[recall >= RECALL].max())
 
 
-def rivals(result: Refinement, mixture: Mixture) -> dict[str, NDArray[np.float64]]:
+def rivals(result: Refinement, mixture: Mixture) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """cleanlab's scores: by the distance to neighbours, and by the entropy of the refiner's posterior."""
     from cleanlab.outlier import OutOfDistribution  # type: ignore[import-untyped]
 
@@ -135,7 +137,7 @@ def rivals(result: Refinement, mixture: Mixture) -> dict[str, NDArray[np.float64
     scaled = (mixture.features - mixture.features.mean(axis=0)) / (mixture.features.std(axis=0) + 1e-6)
     by_features = OutOfDistribution().fit_score(features=scaled, verbose=False)
     by_probs = OutOfDistribution().fit_score(pred_probs=probs, labels=mixture.given, verbose=False)
-    return {"of cleanlab, features": 1 - by_features, "of cleanlab, posterior": 1 - by_probs}
+    return 1 - by_features, 1 - by_probs
 
 
 if __name__ == "__main__":
