@@ -11,6 +11,7 @@ import pytest
 from gaussians import problem
 from sklearn.metrics import roc_auc_score
 
+from benchmarks import no_class
 from synth_refine import Refinement, cli, refine_anchored
 from synth_refine.labels.artifact import read_artifact
 from synth_refine.refine.result import Action, Reason
@@ -74,6 +75,22 @@ def test_the_commands_propose_the_same_in_memory_and_over_shards(
     assert one.labels.tolist() == other.labels.tolist()
     assert (true[one.proposed_removals] < 0).mean() > 0.9
     assert one.no_class[one.proposed_removals].min() > 0.5
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_with_pictures_and_without(tmp_path: Path) -> None:
+    easy, (arrays, true) = problem(600, width=16, noise=0.3, distance=6.0), with_pictures()
+    data = {"train": easy.features, "train_labels": easy.true, "no_class": arrays[0][true < 0][:60]}
+    data |= {"synthetic": easy.synthetic, "synthetic_labels": easy.synthetic_labels}
+    np.savez(tmp_path / "features.npz", **data)
+    np.save(tmp_path / "given.npy", easy.given)
+    words = ["--data", f"{tmp_path}/features.npz", "--given", f"{tmp_path}/given.npy", "--out", f"{tmp_path}/out"]
+    assert no_class.main(words) == 0
+    [path] = (tmp_path / "out").glob("*.json")
+    without, random, alike = json.loads(path.read_text())["rows"]
+    assert without["proposed %"] < 1
+    assert random["AUROC"] > max(0.9, random["AUROC, cleanlab"], random["AUROC, cleanlab on posterior"])
+    assert (without["wrong before %"], alike["pictures' labels"]) == (100 * easy.noise, "look-alike")
 
 
 @pytest.mark.slow
