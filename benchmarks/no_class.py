@@ -67,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind, mixture in mixtures(data, given, options.seed):
             with get_context("spawn").Pool(1) as fresh:  # whose peak of memory is its own
                 figures = fresh.apply(measured, (data, mixture, options.seed))
+                fresh.close()
+                fresh.join()
             row = {"labels": Path(name).stem, "pictures' labels": kind, **figures}
             print(row, flush=True)
             rows.append(row)
     files = {"data": file_hash(options.data)}
-    files |= {name: file_hash(name) for name in options.given if name != "clean"}
+    files |= {Path(name).name: file_hash(name) for name in options.given if name != "clean"}
     record: Record = {"benchmark": "no_class", "environment": environment(), "settings": {"files": files}, "rows": rows}
     write_record(options.out / f"no_class_{digest(record)}.json", record)
     print(speed_table([record]))
